@@ -1,0 +1,244 @@
+"""Images x cells -> rows. Each image is encoded once for all cells, each selection made once for all orders and IDs.
+
+The piece of work is one cell on one chunk of images. Its batches hold nothing else, so its rows depend neither on
+which other cells run nor on where a killed run was taken up again.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any, Protocol
+
+import pandas as pd
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from analysis import results
+from analysis.decode import greedy
+from analysis.models import Model
+from analysis.positions import ORDERS, Ids, assign, layout, parse_spec, reorder
+from analysis.pruning import PRUNERS
+from analysis.rec.scoring import check_boxes
+from analysis.registry import pick
+from analysis.types import Cell, Selection, VisualTokens
+
+EXPRESSION = ["image_id", "ref_id", "sent_id", "expression", "width", "height", "x1", "y1", "x2", "y2"]
+_KEY = ["image_id", "ref_id", "sent_id"]
+
+
+class RecDataset(Protocol):
+    """What is evaluated: one row per expression with the columns `EXPRESSION`, and the images by their ID."""
+
+    name: str
+    split: str
+    rows: pd.DataFrame
+
+    def image(self, image_id: Any) -> Image.Image: ...
+
+
+def _listed(value: Any) -> list:
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def cells(
+    pruner: Any = "none", keep: Any = None, order: Any = "method", ids: Any = "compact", seeds: Any = 0
+) -> list[Cell]:
+    """The grid: every combination of the arguments, each one value or a list. Pruner "none" has keep None, once.
+
+    Raises ValueError for an empty list, an unknown pruner, order or IDs, a keep that is no number in (0, 1] and a
+    seed that is no integer >= 0.
+    """
+    given = dict(pruner=pruner, keep=keep, order=order, ids=ids, seeds=seeds)
+    lists = {name: _listed(values) for name, values in given.items()}
+    if empty := [name for name, values in lists.items() if not values]:
+        raise ValueError(f"no cells to evaluate: {', '.join(empty)} is an empty list")
+    grid = [Cell(p, None if p == "none" else k, o, i, s) for p, k, o, i, s in product(*lists.values())]
+    check(grid)
+    return list(dict.fromkeys(grid))
+
+
+def check(grid: Sequence[Cell]) -> None:
+    """Raises ValueError on the first cell that no model could run; see `cells`."""
+    if not grid:
+        raise ValueError("no cells to evaluate; `cells` builds a grid")
+    for cell in grid:
+        pick(PRUNERS, cell.pruner, "pruner")
+        parse_spec(cell.order, ORDERS)
+        parse_spec(cell.ids)
+        if cell.keep is not None and not (isinstance(cell.keep, int | float) and 0 < cell.keep <= 1):
+            raise ValueError(f"keep ratio must be in (0, 1], got {cell.keep!r}; give a share such as 0.25")
+        if not isinstance(cell.seed, int) or cell.seed < 0:
+            raise ValueError(f"a seed must be an integer >= 0, got {cell.seed!r}")
+
+
+def _check_data(dataset: RecDataset) -> None:
+    what = f"{dataset.name} {dataset.split}"
+    if dataset.rows.empty:
+        raise ValueError(f"{what} holds no expressions; check the split and the limit")
+    if absent := [c for c in EXPRESSION if c not in dataset.rows]:
+        raise ValueError(f"{what} lacks the columns {', '.join(absent)}")
+    if repeated := dataset.rows.duplicated(_KEY).sum():
+        raise ValueError(f"{what} repeats {repeated} expressions; {', '.join(_KEY)} must be unique")
+    check_boxes(dataset.rows)
+
+
+def image_seed(seed: int, image_id: Any) -> int:
+    """The seed of one image in one cell: the same on every machine and however the images are batched."""
+    return zlib.crc32(f"{seed}:{image_id}".encode())
+
+
+def _readable(dataset: RecDataset, rows: pd.DataFrame) -> tuple[dict[Any, Image.Image], dict[Any, str]]:
+    """The chunk's images by ID, and by ID what is wrong with the others."""
+    images, errors = {}, {}
+    once = rows[["image_id", "width", "height"]].drop_duplicates("image_id")
+    for image_id, width, height in once.itertuples(index=False, name=None):
+        try:
+            image = dataset.image(image_id).convert("RGB")
+            if image.size != (width, height):
+                raise ValueError(f"image is {image.width} x {image.height}, its rows say {width} x {height}")
+            images[image_id] = image
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # all that PIL raises
+            errors[image_id] = f"{type(error).__name__}: {error}"
+    return images, errors
+
+
+def _place(selection: Selection, n: int, cell: Cell, seed: int) -> tuple[Tensor, Ids]:
+    """One image's tokens [K, D] in the cell's order, and the cell's IDs."""
+    selection = reorder(selection, cell.order, seed)
+    return selection.features, assign(selection.origin, n, cell.ids, seed)
+
+
+@torch.inference_mode()
+def _answers(
+    model: Model, placed: dict[Any, tuple[Tensor, Ids]], prompts: dict[str, tuple[Tensor, Tensor]], rows: pd.DataFrame,
+    batch_size: int, bar: tqdm,
+) -> pd.Series:
+    """The model's text for each row, in batches of similar length; "" where there is no image."""
+    raw = pd.Series("", index=rows.index)
+    sequences = []
+    for row, image_id, expression in rows[["image_id", "expression"]].itertuples():
+        if image_id in placed:
+            (features, ids), (prefix, suffix) = placed[image_id], prompts[expression]
+            positions = layout(len(prefix), ids.visual, ids.text, len(suffix))
+            sequences.append((row, prefix, features, suffix, positions))
+    sequences.sort(key=lambda sequence: len(sequence[-1]))
+    for start in range(0, len(sequences), batch_size):
+        index, prefixes, images, suffixes, positions = zip(*sequences[start : start + batch_size])
+        embeds = [
+            torch.cat([model.embed(prefix), image, model.embed(suffix)])
+            for prefix, image, suffix in zip(prefixes, images, suffixes)
+        ]
+        try:
+            tokens = greedy(
+                model.decoder, model.head, embeds, positions, embed=model.embed, max_new_tokens=model.max_new_tokens,
+                eos=model.eos,
+            )
+        except torch.OutOfMemoryError as error:
+            raise RuntimeError(f"out of GPU memory with batch_size={batch_size}; give a smaller one") from error
+        raw[list(index)] = [model.text(answer) for answer in tokens]
+        bar.update(len(index))
+    bar.update(len(rows) - len(sequences))
+    return raw
+
+
+def _prune(visual: VisualTokens, image_ids: Sequence[Any], cell: Cell) -> dict[Any, Selection]:
+    seeds = [image_seed(cell.seed, image_id) for image_id in image_ids]
+    return dict(zip(image_ids, PRUNERS[cell.pruner](visual, cell.keep, seeds=seeds)))
+
+
+def _pieces(
+    model: Model, dataset: RecDataset, rows: pd.DataFrame, missing: Sequence[Cell], batch_size: int, bar: tqdm
+) -> Iterator[tuple[Cell, pd.DataFrame]]:
+    """The finished rows of one chunk, cell by cell."""
+    n = model.grid[0] * model.grid[1]
+    images, errors = _readable(dataset, rows)
+    visual = model.encode(list(images.values())) if images else None
+    prompts = {expression: model.prompt(expression) for expression in rows["expression"].unique()}
+    made: dict[tuple, dict[Any, Selection]] = {}
+    for cell in missing:
+        key = (cell.pruner, cell.keep, cell.seed)
+        if key not in made:
+            made[key] = _prune(visual, list(images), cell) if images else {}
+        placed = {i: _place(selection, n, cell, image_seed(cell.seed, i)) for i, selection in made[key].items()}
+        whose = dict(model=model.name, revision=model.revision, dataset=dataset.name, split=dataset.split)
+        answered = dict(
+            raw=_answers(model, placed, prompts, rows, batch_size, bar), dialect=model.dialect, frame=model.frame,
+            **cell.columns(),
+            tokens=[float(len(placed[i][0])) if i in placed else float("nan") for i in rows["image_id"]],
+            tokens_full=n, error=[errors.get(i, "") for i in rows["image_id"]],
+        )
+        table = pd.DataFrame(whose, index=rows.index).join(rows[EXPRESSION]).assign(**answered)
+        yield cell, table.astype({"keep": float}).reset_index(drop=True)
+
+
+def _device(model: Model) -> str:
+    return torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type
+
+
+def evaluate(
+    model: Model, dataset: RecDataset, grid: Sequence[Cell], out: str | Path, *,
+    batch_size: int = 32, chunk: int = 25, progress: bool = True,
+) -> pd.DataFrame:
+    """Answer every expression in every cell; write the rows to `out` (Parquet) and return them, cell by cell.
+
+    chunk: images encoded together. A killed run goes on where it stopped, and a finished one is read back; delete
+    `out` and `<out>.parts` after a change of code, which is not noticed, unlike one of model, data or settings.
+    Expressions of an unreadable image have raw "", tokens NaN and the reason in the column "error".
+    Everything is checked before work starts: ValueError for bad cells, for data that are empty, incomplete,
+    repeated or impossible, and for a pruner that cannot run on this model or with this keep ratio.
+    RuntimeError when GPU memory runs out.
+    """
+    out, grid = Path(out), list(dict.fromkeys(grid))
+    check(grid)
+    _check_data(dataset)
+    for name, size in (("batch_size", batch_size), ("chunk", chunk)):
+        if size < 1:
+            raise ValueError(f"{name} must be >= 1, got {size}")
+    blank = model.encode([Image.new("RGB", (8, 8))])
+    for pruner, keep in dict.fromkeys((c.pruner, c.keep) for c in grid):
+        try:
+            PRUNERS[pruner](blank, keep, seeds=[0])
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"pruner {pruner!r} cannot run on {model.name} with keep {keep}: {error}") from error
+
+    settings = {
+        "model": model.name, "revision": model.revision, "dtype": str(model.dtype), "device": _device(model),
+        "prompt": model.prompt_text("{}"), "max_new_tokens": model.max_new_tokens,
+        "dataset": dataset.name, "split": dataset.split, "batch_size": batch_size, "chunk": chunk,
+        "expressions": results.fingerprint(dataset.rows[EXPRESSION].to_json()), **results.environment(),
+    }
+    key = results.fingerprint({k: v for k, v in settings.items() if k != "commit"})
+    whole = settings | {"cells": [cell.columns() for cell in grid]}
+    whole["fingerprint"] = results.fingerprint([key, whole["cells"]])
+    if (rows := results.finished(out, whole["fingerprint"])) is None:
+        rows = _run(model, dataset, grid, out, key, whole, batch_size, chunk, progress)
+    results.remove_parts(out)
+    unreadable = rows.loc[rows["error"] != "", "image_id"].nunique()
+    print(f"{out.name}: {len(rows)} rows, {rows['image_id'].nunique()} images, {unreadable} of them unreadable")
+    return rows
+
+
+def _run(
+    model: Model, dataset: RecDataset, grid: list[Cell], out: Path, key: str, provenance: dict,
+    batch_size: int, chunk: int, progress: bool,
+) -> pd.DataFrame:
+    """Work off the pieces that have no part yet, then merge."""
+    data = dataset.rows.reset_index(drop=True)
+    image_ids = data["image_id"].unique()
+    chunks = [data[data["image_id"].isin(image_ids[i : i + chunk])] for i in range(0, len(image_ids), chunk)]
+
+    def part(number: int, cell: Cell) -> Path:
+        return results.parts_folder(out) / f"{number:05d}-{results.fingerprint(cell.columns())}.parquet"
+
+    with tqdm(total=len(data) * len(grid), unit=" expressions", disable=not progress) as bar:
+        for number, rows in enumerate(chunks):
+            missing = [cell for cell in grid if results.finished(part(number, cell), key) is None]
+            bar.update(len(rows) * (len(grid) - len(missing)))
+            for cell, table in _pieces(model, dataset, rows, missing, batch_size, bar) if missing else ():
+                results.write_rows(part(number, cell), table, {"fingerprint": key})
+    return results.merge(out, [part(i, cell) for cell in grid for i in range(len(chunks))], provenance)

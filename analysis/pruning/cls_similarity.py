@@ -1,0 +1,25 @@
+"""[CLS]-visual similarity: keep the patches most like the whole image.
+
+Source: baseline of arXiv:2506.21873; its code is not public, so space, layer and order are this project's choices.
+Score: cosine(signals.cls, signals.patches), both from the encoder layer that the connector reads.
+Selection: the k highest scores; ties go to the lower raster index.
+Order emitted: score, descending; order "raster" gives the other reading.
+Upstream IDs: compact (permuted and shifted; under raster order only shifted).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch.nn.functional import cosine_similarity
+
+from analysis.pruning._budget import budget
+from analysis.types import Selection, VisualTokens, kept
+
+
+def prune(visual: VisualTokens, keep: float | None, *, seeds: Sequence[int] = ()) -> list[Selection]:
+    """The k tokens most similar to [CLS], best first. Raises ValueError on a bad keep ratio."""
+    k = budget(keep, visual.features.shape[1])
+    # float32: in half precision many scores would tie.
+    scores = cosine_similarity(visual.signals.patches.float(), visual.signals.cls.float()[:, None], dim=-1)
+    return kept(visual.features, scores.argsort(dim=1, descending=True, stable=True)[:, :k])

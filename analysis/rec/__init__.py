@@ -1,0 +1,1 @@
+"""Referring-expression comprehension: boxes, datasets, scoring."""

@@ -1,0 +1,146 @@
+"""Boxes: how a model writes them (dialect), in which image it means them (frame), and when two agree (IoU).
+
+A box is float64 [..., 4] = x1, y1, x2, y2 with the origin at the top left; a size is [..., 2] = width, height in
+pixels of the original image. Leading dimensions broadcast.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from analysis.registry import pick
+
+Boxes = NDArray[np.float64]
+
+
+class Frame(NamedTuple):
+    """The image a model's fractions refer to; a box beyond that image becomes fractions outside 0..1, unclipped.
+
+    encode(boxes_px [..., 4], sizes [..., 2]) -> fractions [..., 4]; decode is its inverse.
+    """
+
+    encode: Callable[[ArrayLike, ArrayLike], Boxes]
+    decode: Callable[[ArrayLike, ArrayLike], Boxes]
+
+
+def _twice(xy: NDArray) -> NDArray:
+    return np.concatenate([xy, xy], axis=-1)
+
+
+def _stretch(sizes: ArrayLike) -> tuple[Boxes, float]:
+    """Scale and offset [..., 4] of an image whose two axes are resized separately."""
+    return _twice(np.asarray(sizes, dtype=np.float64)), 0.0
+
+
+def _pad(sizes: ArrayLike) -> tuple[Boxes, Boxes]:
+    """Scale and offset [..., 4] of an image centred in a square; whole-pixel offsets, as the padding of pixels has."""
+    sizes = np.asarray(sizes, dtype=np.float64)
+    side = sizes.max(axis=-1, keepdims=True)
+    return side, _twice((side - sizes) // 2)
+
+
+def _frame(layout: Callable[[ArrayLike], tuple]) -> Frame:
+    def encode(boxes_px: ArrayLike, sizes: ArrayLike) -> Boxes:
+        scale, offset = layout(sizes)
+        return (np.asarray(boxes_px, dtype=np.float64) + offset) / scale
+
+    def decode(fractions: ArrayLike, sizes: ArrayLike) -> Boxes:
+        scale, offset = layout(sizes)
+        return np.asarray(fractions, dtype=np.float64) * scale - offset
+
+    return Frame(encode, decode)
+
+
+# "resized" and "original" compute the same. Two names because they claim different things: "resized" is what a model
+# that sees the plainly resized image answers in; "original" is what lmms-eval assumes of every model, padded or not.
+FRAMES: dict[str, Frame] = {
+    "padded": _frame(_pad),  # LLaVA-1.5, Shikra
+    "resized": _frame(_stretch),  # MiniGPT-v2
+    "original": _frame(_stretch),
+}
+
+
+class Dialect(NamedTuple):
+    """How a model writes a box of fractions: format(box [4]) -> text; parse(text) -> box [4], None if invalid."""
+
+    format: Callable[[ArrayLike], str]
+    parse: Callable[[str], Boxes | None]
+
+
+# Possessive quantifiers: no backtracking, so any text takes linear time.
+_NUMBER = r"\s*+([-+]?(?:[0-9]++(?:\.[0-9]*+)?|\.[0-9]++))\s*+"
+_BRACKETED = re.compile(rf"\[{','.join([_NUMBER] * 4)}\]")
+
+
+def format_llava(box: ArrayLike) -> str:
+    """[0.12, 0.34, 0.56, 0.78]: fractions [4] clipped to 0..1, two decimals. ValueError unless four finite numbers."""
+    box = np.asarray(box, dtype=np.float64)
+    if box.shape != (4,) or not np.isfinite(box).all():
+        raise ValueError(f"a box is four finite numbers x1, y1, x2, y2, not {box.tolist()}")
+    return "[" + ", ".join(f"{abs(x):.2f}" for x in box.clip(0, 1)) + "]"  # abs: -0.0 would print its sign
+
+
+def parse_llava(text: str) -> Boxes | None:
+    """The first bracketed list of exactly four decimal numbers in the text, as float64 [4].
+
+    Lenient about: any text around the list, white space anywhere inside it, an explicit sign, any number of decimals
+    including none ("0", "1.", ".5"). Nothing else: no exponents, no other brackets or separators.
+    None where there is no such list, a value lies outside [0, 1], or x2 < x1 or y2 < y1. Later lists are not tried:
+    the first one is the answer. Raises nothing and takes linear time on any string.
+    """
+    found = _BRACKETED.search(text)
+    if not found:
+        return None
+    box = np.array(found.groups(), dtype=np.float64)
+    inside = (box >= 0).all() and (box <= 1).all()
+    return box if inside and (box[:2] <= box[2:]).all() else None
+
+
+DIALECTS: dict[str, Dialect] = {
+    "llava": Dialect(format_llava, parse_llava),
+}
+
+
+def iou(a: ArrayLike, b: ArrayLike, plus_one: bool = False) -> Boxes:
+    """Intersection over union [...] of boxes [..., 4], as torchvision.ops.box_iou defines it, pair by pair.
+
+    plus_one: a side measures x2 - x1 + 1, for boxes that name whole pixels (MiniGPT-v2's metric).
+    Boxes without area, inverted boxes and NaN give 0.
+    """
+    a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+
+    def area(top_left: Boxes, bottom_right: Boxes) -> Boxes:
+        return (bottom_right - top_left + plus_one).clip(min=0).prod(axis=-1)
+
+    overlap = area(np.maximum(a[..., :2], b[..., :2]), np.minimum(a[..., 2:], b[..., 2:]))
+    union = area(a[..., :2], a[..., 2:]) + area(b[..., :2], b[..., 2:]) - overlap
+    return np.divide(overlap, union, out=np.zeros_like(union), where=union > 0)
+
+
+class Convention(NamedTuple):
+    """When a prediction counts as correct: compare(IoU, 0.5), with or without the extra pixel."""
+
+    compare: Callable[[ArrayLike, float], NDArray[np.bool_]]
+    plus_one: bool
+
+
+CONVENTIONS: dict[str, Convention] = {
+    "ge": Convention(np.greater_equal, False),  # lmms-eval, big_vision
+    "gt": Convention(np.greater, False),  # Shikra
+    "plus_one": Convention(np.greater, True),  # MiniGPT-v2
+}
+
+
+def hit(pred_px: ArrayLike, truth_px: ArrayLike, convention: str = "ge") -> tuple[Boxes, NDArray[np.bool_]]:
+    """IoU [...] and correctness [...] of predictions against ground truth, both [..., 4] in the same pixels.
+
+    convention: a name in `CONVENTIONS`, otherwise ValueError.
+    """
+    compare, plus_one = pick(CONVENTIONS, convention, "IoU convention")
+    overlap = iou(pred_px, truth_px, plus_one)
+    return overlap, compare(overlap, 0.5)

@@ -1,0 +1,106 @@
+"""From raw answers to accuracy. Rows hold the model's text, so every choice made here can be redone without a model.
+
+A row is one expression in one cell. Columns read here: ref_id; width, height of the original image and x1, y1, x2, y2
+of the ground truth in its pixels; raw, the model's text; dialect and frame, how the model writes boxes; tokens and
+tokens_full, visual tokens measured after and before pruning; image_id for the intervals.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pandas as pd
+
+from analysis.rec.boxes import CONVENTIONS, DIALECTS, FRAMES, hit
+from analysis.registry import pick
+from analysis.stats import clustered_interval
+
+SIZE = ["width", "height"]
+TRUTH = ["x1", "y1", "x2", "y2"]
+PREDICTION = ["px1", "py1", "px2", "py2"]
+
+
+def _require(table: pd.DataFrame, columns: Sequence[str]) -> None:
+    if missing := [c for c in columns if c not in table]:
+        raise ValueError(f"missing columns: {', '.join(missing)}; the table has: {', '.join(map(str, table.columns))}")
+
+
+def _by_name(names: pd.Series) -> Iterator[tuple[str, np.ndarray]]:
+    """Each distinct name with the mask [n] of its rows."""
+    for name in names.unique():
+        yield name, (names == name).to_numpy()
+
+
+def check_boxes(rows: pd.DataFrame) -> None:
+    """Raises ValueError unless every ground-truth box has x1 < x2 and y1 < y2 and lies inside its image (1e-6 px)."""
+    _require(rows, ["ref_id", *SIZE, *TRUTH])
+    box, size = rows[TRUTH].to_numpy(np.float64), rows[SIZE].to_numpy(np.float64)
+    low, high = box[:, :2], box[:, 2:]
+    bad = ~((low < high) & (low >= -1e-6) & (high <= size + 1e-6)).all(axis=1)
+    if bad.any():
+        first = rows[bad].iloc[0]
+        raise ValueError(
+            f"{bad.sum()} of {len(rows)} ground-truth boxes are empty or outside their image; first: ref_id "
+            f"{first['ref_id']}, box {list(map(float, first[TRUTH]))} in an image of {first['width']} x "
+            f"{first['height']}; expected 0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height in pixels"
+        )
+
+
+def _parse(rows: pd.DataFrame) -> np.ndarray:
+    """Fractions [n, 4] of the raw answers, NaN where invalid; each distinct text is parsed once."""
+    fractions = np.full((len(rows), 4), np.nan)
+    for name, here in _by_name(rows["dialect"]):
+        parse = pick(DIALECTS, name, "dialect").parse
+        codes, texts = pd.factorize(rows["raw"][here])
+        boxes = [parse(text) for text in texts]
+        fractions[here] = np.array([np.full(4, np.nan) if box is None else box for box in boxes])[codes]
+    return fractions
+
+
+def score(rows: pd.DataFrame, frame: str | None = None, convention: str = "ge") -> pd.DataFrame:
+    """A copy of rows with px1, py1, px2, py2 (predicted pixels, NaN if invalid), iou, correct and invalid.
+
+    frame: the frame the answers are read in, a name in `FRAMES`; None takes each row's own, which is right;
+    "original" reproduces lmms-eval. convention: a name in `CONVENTIONS`. An invalid answer has iou 0 and is a miss.
+    Raises ValueError for missing columns or answers, unknown names and impossible ground truth.
+    """
+    _require(rows, ["raw", "dialect", *(["frame"] if frame is None else [])])
+    check_boxes(rows)
+    pick(CONVENTIONS, convention, "IoU convention")
+    if (unanswered := rows["raw"].isna()).any():
+        first = rows["ref_id"][unanswered].iloc[0]
+        raise ValueError(f"{unanswered.sum()} rows have no raw answer, first: ref_id {first}; an empty answer is ''")
+    fractions, sizes, pixels = _parse(rows), rows[SIZE].to_numpy(np.float64), np.full((len(rows), 4), np.nan)
+    frames = rows["frame"] if frame is None else pd.Series(frame, index=rows.index)
+    for name, here in _by_name(frames):
+        pixels[here] = pick(FRAMES, name, "frame").decode(fractions[here], sizes[here])
+    overlap, correct = hit(pixels, rows[TRUTH].to_numpy(np.float64), convention)
+    scores = {"iou": overlap, "correct": correct, "invalid": np.isnan(pixels[:, 0])}
+    return rows.assign(**dict(zip(PREDICTION, pixels.T)), **scores)
+
+
+def summarise(scored: pd.DataFrame, by: Sequence[str], clusters: str = "image_id", seed: int = 0) -> pd.DataFrame:
+    """One row per group of the columns `by`, in order of first appearance; a missing value is a group of its own.
+
+    n expressions, images (distinct clusters), accuracy with low and high (95 % `clustered_interval`), mean_iou,
+    invalid (share of answers), tokens (mean kept visual tokens), token_share (mean of tokens / tokens_full).
+    Raises ValueError for missing columns.
+    """
+    by = list(by)
+    _require(scored, [*by, clusters, "correct", "iou", "invalid", "tokens", "tokens_full"])
+    summaries = []
+    for key, group in scored.groupby(by, dropna=False, sort=False):
+        low, high = clustered_interval(group["correct"], group[clusters], seed=seed)
+        summaries.append(dict(zip(by, key)) | {
+            "n": len(group),
+            "images": group[clusters].nunique(),
+            "accuracy": group["correct"].mean(),
+            "low": low,
+            "high": high,
+            "mean_iou": group["iou"].mean(),
+            "invalid": group["invalid"].mean(),
+            "tokens": group["tokens"].mean(),
+            "token_share": (group["tokens"] / group["tokens_full"]).mean(),
+        })
+    return pd.DataFrame(summaries)

@@ -1,0 +1,63 @@
+"""A random tiny LLaVA in Hugging Face form, shared by all tests that need a model."""
+
+import os
+import re
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import WordLevel
+from transformers import (
+    CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, PreTrainedTokenizerFast,
+)
+
+from analysis import models
+from analysis.models.llava import REC_QUESTION, prompt_text
+
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
+
+WORDS = "the a red blue cat dog cup left right of [ ] 0 . , " + " ".join(map(str, range(1, 10)))
+
+
+def tokenizer():
+    """Word level, with the words of the prompt; special tokens as LLaVA has them."""
+    special = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
+    text = re.findall(r"\w+|[^\w\s]", prompt_text(REC_QUESTION).replace("<image>", ""))
+    vocabulary = {word: i for i, word in enumerate(dict.fromkeys(special + text + WORDS.split()))}
+    words = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.decoder = decoders.WordPiece(prefix="##", cleanup=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+        additional_special_tokens=["<image>"],
+    )
+
+
+def config(words, **vision):
+    return LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2, image_size=32,
+            patch_size=8, initializer_factor=20.0, **vision,
+        ),
+        text_config=LlamaConfig(
+            vocab_size=len(words), hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+            initializer_range=0.4, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        ),
+        image_token_index=words.convert_tokens_to_ids("<image>"), image_seq_length=16,
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    """A folder with weights so large that answers differ between images, expressions and IDs; a 4 x 4 grid."""
+    folder = tmp_path_factory.mktemp("models") / "random-llava"
+    words = tokenizer()
+    torch.manual_seed(0)
+    LlavaForConditionalGeneration(config(words)).save_pretrained(folder)
+    words.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_folder):
+    return models.load(tiny_folder, device="cpu")

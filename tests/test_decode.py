@@ -1,0 +1,196 @@
+"""Decoding with explicit IDs against a naive loop and against transformers' own generate, on tiny random Llamas."""
+
+from functools import cache
+
+import pytest
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from analysis.decode import causal_mask, greedy, hidden_states, prefill
+from analysis.positions import assign, layout
+
+VOCABULARY, WIDTH, NEW, NEVER = 50, 32, 12, -2
+PADDINGS, SCHEMES = ("left", "right"), ("compact", "original", "shuffled", "shifted:100", "original@compact")
+
+
+@cache
+def llama(attention):
+    torch.manual_seed(0)
+    # Large random weights: with the default ones the tokens repeat, and hardly depend on position.
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, initializer_range=0.3, pad_token_id=0, eos_token_id=None, bos_token_id=None,
+        attn_implementation=attention,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@cache
+def batch(scheme):
+    """Three ragged prompts: text, 30 visual tokens pruned to 5, 9 and 1 in scrambled order, text; and their IDs."""
+    draw = torch.Generator().manual_seed(1)
+    origins = [torch.randperm(30, generator=draw)[:k] for k in (5, 9, 1)]
+    ids = [layout(2, *assign(o, 30, scheme, seed), suffix) for seed, (o, suffix) in enumerate(zip(origins, (3, 2, 1)))]
+    return [torch.randn(len(i), WIDTH, generator=draw) for i in ids], ids
+
+
+def lower_triangle(n):
+    """The causal mask of one unpadded sequence, [1, 1, n, n], written out."""
+    low = torch.finfo(torch.float32).min
+    return torch.tensor([[[[0.0 if j <= i else low for j in range(n)] for i in range(n)]]])
+
+
+@torch.inference_mode()
+def naive(embeds, ids, new=NEW, stop=NEVER):
+    """One sequence, the whole forward again for each token: no cache, no padding, no shared code."""
+    model, answer = llama("sdpa"), []
+    while len(answer) < new:
+        logits = model(
+            inputs_embeds=embeds[None], position_ids=ids[None], attention_mask=lower_triangle(len(ids)), use_cache=False
+        ).logits
+        token = int(logits[0, -1].argmax())
+        if token == stop:
+            break
+        answer.append(token)
+        embeds = torch.cat([embeds, model.model.embed_tokens.weight[token][None]])
+        ids = torch.cat([ids, ids[-1:] + 1])
+    return answer
+
+
+def decode(embeds, ids, padding="left", new=NEW, eos=NEVER, attention="sdpa"):
+    model = llama(attention)
+    embed = model.model.embed_tokens
+    return greedy(model.model, model.lm_head, embeds, ids, embed=embed, max_new_tokens=new, eos=eos, padding=padding)
+
+
+@cache
+def expected(scheme):
+    return [naive(e, i) for e, i in zip(*batch(scheme))]
+
+
+def test_the_model_is_sensitive_enough_to_test_with():
+    """Tokens vary and IDs matter to them; else the equalities below would say little."""
+    assert all(len(set(answer)) > 3 for scheme in SCHEMES for answer in expected(scheme))
+    assert len({str(expected(scheme)) for scheme in SCHEMES}) == len(SCHEMES)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_greedy_equals_the_naive_loop(scheme, padding, attention):
+    """Batched, and one sequence at a time: the answer does not depend on the batch."""
+    embeds, ids = batch(scheme)
+    assert decode(embeds, ids, padding, attention=attention) == expected(scheme)
+    assert [decode([e], [i], padding, attention=attention)[0] for e, i in zip(embeds, ids)] == expected(scheme)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_greedy_equals_generate(scheme):
+    embeds, ids = batch(scheme)
+    rows = (embeds, ids, [torch.ones_like(i) for i in ids])
+    inputs = (pad_sequence(list(r), batch_first=True, padding_side="left") for r in rows)
+    inputs = dict(zip(("inputs_embeds", "position_ids", "attention_mask"), inputs))
+    assert decode(embeds, ids) == llama("sdpa").generate(**inputs, max_new_tokens=NEW, do_sample=False).tolist()
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+def test_each_sequence_stops_at_its_own_eos(padding):
+    embeds, ids = batch("original")
+    full = expected("original")
+    for eos in sorted({token for answer in full for token in answer}):
+        cut = [answer[: answer.index(eos)] if eos in answer else answer for answer in full]
+        assert decode(embeds, ids, padding, eos=eos) == cut, eos
+    first = {answer[0] for answer in full}
+    assert decode(embeds, ids, padding, eos=first) == [[], [], []]
+    assert decode(embeds, ids, padding, new=1) == [answer[:1] for answer in full]
+
+
+def test_ended_sequences_leave_the_batch_and_no_forward_is_wasted():
+    embeds, ids = batch("original")
+    eos, sizes = expected("original")[0][0], []
+    hook = llama("sdpa").model.register_forward_pre_hook(
+        lambda module, args, inputs: sizes.append(len(inputs["inputs_embeds"])), with_kwargs=True
+    )
+    try:
+        decode(embeds, ids, eos=eos, new=4)
+    finally:
+        hook.remove()
+    still = [sum(eos not in answer[:step] for answer in expected("original")) for step in (1, 2, 3)]
+    assert sizes == [3, *still] and still[0] < 3
+
+
+def test_packed_sequence_trap():
+    """transformers takes gapped IDs without mask and cache for packed sequences; here they are one sequence."""
+    embeds, ids = (rows[0][None] for rows in batch("original"))
+    model, mask = llama("sdpa").model, lower_triangle(ids.shape[1])
+    with torch.inference_mode():
+        right = model(inputs_embeds=embeds, position_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        trapped = model(inputs_embeds=embeds, position_ids=ids, attention_mask=None, use_cache=False).last_hidden_state
+    assert not torch.allclose(right, trapped, atol=1e-2)
+    assert torch.equal(hidden_states(model, embeds, ids)[0], right)
+
+
+def test_identity_bit_for_bit():
+    """All visual tokens kept, original IDs: the unpruned model's own states and logits, no tolerance."""
+    embeds = torch.randn(1, 36, WIDTH, generator=torch.Generator().manual_seed(2))
+    ids = layout(2, *assign(torch.arange(30), 30, "original", 0), 4)[None]
+    model = llama("sdpa")
+    with torch.inference_mode():
+        plain = model(inputs_embeds=embeds, attention_mask=lower_triangle(36)).logits
+    assert torch.equal(model.lm_head(hidden_states(model.model, embeds, ids)[0]), plain)
+    last = prefill(model.model, model.lm_head, embeds, ids)[0]
+    torch.testing.assert_close(last, plain[:, -1])
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+def test_prefill_logits_are_those_after_the_last_token(padding):
+    embeds, ids = batch("original")
+    model = llama("sdpa")
+    logits, filled, valid = prefill(model.model, model.lm_head, embeds, ids, padding)
+    with torch.inference_mode():
+        for row, (e, i) in enumerate(zip(embeds, ids)):
+            alone = model(inputs_embeds=e[None], position_ids=i[None], attention_mask=lower_triangle(len(i)))
+            torch.testing.assert_close(logits[row], alone.logits[0, -1])
+            place = slice(-len(i), None) if padding == "left" else slice(len(i))
+            assert valid[row].sum() == valid[row, place].sum() == len(i)
+    assert filled.get_seq_length() == valid.shape[1] == max(map(len, ids))
+
+
+def test_causal_mask_against_a_loop():
+    valid = torch.tensor([[0, 0, 1, 1], [1, 0, 1, 0], [1, 1, 1, 1], [0, 0, 0, 0]]).bool()
+    mask = causal_mask(valid, torch.float16)
+    low = torch.finfo(torch.float16).min
+    assert mask.shape == (4, 1, 4, 4) and mask.dtype == torch.float16
+    for b in range(4):
+        for q in range(4):
+            row = [0 if k == q or (k < q and valid[b, k]) else low for k in range(4)]
+            assert mask[b, 0, q].tolist() == row
+    assert torch.equal(causal_mask(valid, torch.float16, queries=1), mask[:, :, -1:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("padding", PADDINGS)
+def test_padding_gives_no_nan(padding, dtype):
+    embeds, ids = batch("original")
+    model = LlamaForCausalLM(llama("sdpa").config).to(dtype).eval()
+    embeds = [e.to(dtype) for e in embeds]
+    assert hidden_states(model.model, embeds, ids, padding)[0].isfinite().all()
+    embed = model.model.embed_tokens
+    answers = greedy(model.model, model.lm_head, embeds, ids, embed=embed, max_new_tokens=3, eos=NEVER, padding=padding)
+    assert all(len(answer) == 3 for answer in answers)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"embeds": [], "ids": []}, "at least one sequence"),
+        ({"embeds": [torch.zeros(0, WIDTH)], "ids": [torch.arange(0)]}, r"got lengths \[0\]"),
+        ({"ids": [torch.arange(3)]}, r"got \[3\] IDs for sequences of lengths \[2\]"),
+        ({"padding": "middle"}, "padding must be 'left' or 'right', got 'middle'"),
+        ({"new": 0}, "max_new_tokens must be >= 1, got 0"),
+    ],
+)
+def test_bad_input(change, message):
+    with pytest.raises(ValueError, match=message):
+        decode(**{"embeds": [torch.zeros(2, WIDTH)], "ids": [torch.arange(2)], **change})

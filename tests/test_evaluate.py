@@ -1,0 +1,225 @@
+"""The engine: rows do not depend on cells, batches, crashes or resumption; bad input stops before any work."""
+
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image, UnidentifiedImageError
+
+from analysis import evaluate as evaluation
+from analysis import models, results
+from analysis.evaluate import cells, evaluate, image_seed
+from analysis.pruning import PRUNERS
+from analysis.rec.scoring import score, summarise
+from analysis.types import Cell
+
+GRID = cells(["none", "random", "cls_similarity"], [0.25, 0.5], ["method", "shuffled"], ["compact", "original"], 7)
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Images of noise, three expressions each; those in `broken` cannot be read."""
+
+    images: int = 5
+    broken: tuple = ()
+    name: str = "noise"
+    split: str = "val"
+
+    @property
+    def rows(self):
+        texts = ["the red cat", "cup", "dog left of the blue cat"]
+        return pd.DataFrame([
+            dict(image_id=i, ref_id=10 * i + j, sent_id=100 * i + j, expression=text, width=40, height=30 + i,
+                 x1=1.0, y1=2.0, x2=20.0, y2=25.0, pixels=1200)
+            for i in range(self.images) for j, text in enumerate(texts)
+        ])
+
+    def image(self, image_id):
+        if image_id in self.broken:
+            raise UnidentifiedImageError("torn")
+        pixels = np.random.default_rng(image_id).integers(0, 256, (30 + image_id, 40, 3), dtype=np.uint8)
+        return Image.fromarray(pixels)
+
+
+def run(model, out, grid=GRID, data=Noise(), **options):
+    return evaluate(replace(model, max_new_tokens=6), data, grid, out, **{"chunk": 2, "progress": False} | options)
+
+
+@pytest.fixture(scope="module")
+def whole(tiny, tmp_path_factory):
+    """The rows of an uninterrupted run, and their file."""
+    out = tmp_path_factory.mktemp("whole") / "rows.parquet"
+    return run(tiny, out), out
+
+
+def test_rows(whole, tiny):
+    rows, out = whole
+    assert len(rows) == len(GRID) * 15 and not rows.duplicated(["sent_id", *GRID[0].columns()]).any()
+    pd.testing.assert_frame_equal(results.read_rows(out), rows)
+    assert [p.name for p in out.parent.iterdir()] == ["rows.parquet"]
+    assert set(rows["tokens"][rows["keep"] == 0.25]) == {4.0} and set(rows["tokens_full"]) == {16}
+    assert rows["keep"].isna().sum() == 4 * 15 and (rows["error"] == "").all()
+    made = results.provenance(out)
+    assert made["revision"] == tiny.revision and len(made["cells"]) == len(GRID)
+    summary = summarise(score(rows), by=["pruner", "keep", "order", "ids"])
+    assert len(summary) == len(GRID) and summary["n"].eq(15).all()
+
+
+def test_the_cells_reach_the_model(whole):
+    """Answers differ between IDs, orders, pruners and images; without pruning compact and original are the same."""
+    raw = whole[0].set_index(["pruner", "keep", "order", "ids", "sent_id"])["raw"].unstack("sent_id")
+    assert (raw.loc["none"].xs("compact", level="ids") == raw.loc["none"].xs("original", level="ids")).loc[
+        pd.IndexSlice[:, "method"], :].all(axis=None)
+    for a, b in [(("random", 0.25, "method", "compact"), ("random", 0.25, "method", "original")),
+                 (("random", 0.5, "method", "compact"), ("random", 0.5, "shuffled", "compact")),
+                 (("random", 0.5, "method", "original"), ("cls_similarity", 0.5, "method", "original"))]:
+        assert (raw.loc[a] != raw.loc[b]).any()
+    assert raw.loc[("random", 0.5, "method", "original")].nunique() > 5
+
+
+def test_other_cells_and_images_change_nothing(whole, tiny, tmp_path):
+    rows = whole[0]
+    alone = run(tiny, tmp_path / "a", grid=[GRID[-1]])
+    mine = rows[(rows[list(GRID[-1].columns())] == pd.Series(GRID[-1].columns())).all(axis=1)]
+    pd.testing.assert_frame_equal(alone, mine.reset_index(drop=True))
+    single = run(tiny, tmp_path / "b", grid=[GRID[-1]], batch_size=1, chunk=1)
+    pd.testing.assert_frame_equal(single, alone)
+
+
+SCRIPT = """
+import sys
+from analysis import models
+from tests.test_evaluate import GRID, run
+run(models.load(sys.argv[1], device="cpu"), sys.argv[2])
+"""
+
+
+def test_sigkill_and_resume(whole, tiny, tiny_folder, tmp_path, monkeypatch):
+    """Killed when some parts are written; afterwards a part is damaged, one is of another run, one is torn."""
+    out = tmp_path / "rows.parquet"
+    root = Path(__file__).parents[1]
+    child = subprocess.Popen([sys.executable, "-c", SCRIPT, tiny_folder, out], cwd=root, stderr=subprocess.PIPE)
+    parts = results.parts_folder(out)
+    deadline = time.monotonic() + 60
+    while len(list(parts.glob("*.parquet"))) < 4 and child.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    child.send_signal(signal.SIGKILL)
+    child.communicate()
+    assert child.returncode == -signal.SIGKILL and not out.exists()
+    done = sorted(parts.glob("*.parquet"))
+    assert 4 <= len(done) < 3 * len(GRID)
+    kept = set(done[2:])
+    done[0].write_bytes(done[0].read_bytes()[:-9])
+    results.write_rows(done[1], results.read_rows(done[1]).assign(raw="stale"), {"fingerprint": "another run"})
+    (parts / "00000-torn.parquet.1.tmp").write_bytes(b"PAR1")
+
+    written, write_rows = [], results.write_rows
+    monkeypatch.setattr(results, "write_rows", lambda path, *rest: (written.append(path), write_rows(path, *rest)))
+    resumed = run(tiny, out)
+    assert not set(written) & kept and len(written) == 3 * len(GRID) - len(kept) + 1
+    assert set(done[:2]) <= set(written)
+    pd.testing.assert_frame_equal(resumed, whole[0])
+    assert out.read_bytes() == whole[1].read_bytes()
+    assert not parts.exists()
+
+
+def test_a_finished_run_is_read_back_only_under_the_same_settings(tiny, tmp_path, monkeypatch):
+    out, answered = tmp_path / "rows.parquet", []
+    text = models.Model.text
+    monkeypatch.setattr(models.Model, "text", lambda self, tokens: (answered.append(1), text(self, tokens))[1])
+    first = run(tiny, out, GRID[:2])
+    assert len(answered) == 30
+    pd.testing.assert_frame_equal(run(tiny, out, GRID[:2]), first)
+    assert len(answered) == 30
+    other = run(replace(tiny, revision="other"), out, GRID[:2])
+    assert len(answered) == 60 and set(other["revision"]) == {"other"}
+    results.write_rows(results.parts_folder(out) / "left.parquet", first, {})  # killed between merge and removal
+    run(replace(tiny, revision="other"), out, GRID[:2])
+    assert len(answered) == 60 and not results.parts_folder(out).exists()
+    assert len(run(tiny, out, GRID[:2], Noise(images=4))) == 24 and len(answered) == 84
+
+
+def test_unreadable_images_stay_in_the_rows(whole, tiny, tmp_path, capsys):
+    grid = GRID[:6]
+    rows = run(tiny, tmp_path / "rows", grid, Noise(broken=(1, 4)))
+    assert "5 images, 2 of them unreadable" in capsys.readouterr().out
+    bad = rows["image_id"].isin([1, 4])
+    assert (rows[bad]["raw"] == "").all() and (rows[bad]["error"] == "UnidentifiedImageError: torn").all()
+    assert rows[bad]["tokens"].isna().all() and (rows[~bad]["error"] == "").all()
+    assert len(rows) == 15 * len(grid) and score(rows)["invalid"][bad].all()
+    expected = whole[0].head(len(rows))
+    assert (rows["raw"] == expected["raw"])[~bad].all()
+
+
+def test_an_image_of_another_size_is_an_error(tiny, tmp_path):
+    class Wrong(Noise):
+        def image(self, image_id):
+            return super().image(image_id).resize((80, 60))
+
+    rows = run(tiny, tmp_path / "rows", GRID[:1], Wrong(images=1))
+    assert rows["error"].iloc[0] == "ValueError: image is 80 x 60, its rows say 40 x 30"
+
+
+def test_cells():
+    assert cells(keep=[0.25, 0.5], ids=["compact", "original"]) == [Cell(ids="compact"), Cell(ids="original")]
+    assert cells("random", 1, "raster", "original@after", [0, 1]) == [
+        Cell("random", 1.0, "raster", "original@after", seed) for seed in (0, 1)
+    ]
+    assert len(GRID) == (1 + 2 * 2) * 4
+
+
+@pytest.mark.parametrize(("wrong", "message"), [
+    (dict(pruner="randon"), "did you mean 'random'"), (dict(order="sorted"), "unknown order"),
+    (dict(ids="compressed"), "'compressed' needs"), (dict(pruner="random", keep=0), "keep ratio"),
+    (dict(pruner="random", keep="a quarter"), "keep ratio"), (dict(seeds=-1), "a seed must be"),
+    (dict(seeds=0.5), "a seed must be"), (dict(ids=[]), "ids is an empty list"),
+])
+def test_bad_cells(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        cells(**wrong)
+
+
+def test_bad_runs_stop_before_any_work(tiny, tmp_path):
+    class Untouched(Noise):
+        def image(self, image_id):
+            raise AssertionError("work has begun")
+
+    class Twice(Untouched):
+        @property
+        def rows(self):
+            return pd.concat([super().rows] * 2, ignore_index=True)
+
+    class Outside(Untouched):
+        @property
+        def rows(self):
+            return super().rows.assign(x2=41)
+
+    for grid, data, options, message in [
+        ([], Untouched(), {}, "no cells"), (GRID, Untouched(images=0), {}, "no expressions"),
+        ([Cell("spatial")], Untouched(), {}, "pruner 'spatial' cannot run on random-llava with keep None"),
+        (GRID, Twice(), {}, "repeats 15 expressions"), (GRID, Outside(), {}, "outside their image"),
+        (GRID, Untouched(), {"batch_size": 0}, "batch_size must be >= 1"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            run(tiny, tmp_path / "rows", grid, data, **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_each_image_draws_its_own_seed(tiny, tmp_path, monkeypatch):
+    pruned, ordered = [], []
+    random, reorder = PRUNERS["random"], evaluation.reorder
+    monkeypatch.setitem(PRUNERS, "random", lambda v, k, *, seeds: (pruned.extend(seeds), random(v, k, seeds=seeds))[1])
+    monkeypatch.setattr(evaluation, "reorder", lambda s, spec, seed: (ordered.append(seed), reorder(s, spec, seed))[1])
+    run(tiny, tmp_path / "rows", [Cell("random", 0.5, "shuffled", "original", 7)])
+    assert pruned[1:] == ordered == [image_seed(7, i) for i in range(5)]  # the first is the trial on a blank image
+
+
+def test_seeds_differ_between_images_and_cells():
+    assert len({image_seed(s, i) for s in range(20) for i in range(20)}) == 400
+    assert image_seed(0, 1) == 2942165697  # the same on every machine

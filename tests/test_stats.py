@@ -1,0 +1,189 @@
+"""Clustered intervals and paired tests against brute force, and what must not move them."""
+
+import itertools
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from analysis.published import PUBLISHED, published
+from analysis.registry import matching
+from analysis.stats import clustered_interval, fdr, paired_cells, paired_difference, retention
+
+
+def draws(n=300, images=60, seed=0, spread=0.35):
+    """0/1 values whose chance of success is shared by all expressions of an image."""
+    rng = np.random.default_rng(seed)
+    clusters = rng.integers(0, images, n)
+    chance = np.clip(0.5 + spread * rng.standard_normal(images), 0, 1)
+    return (rng.random(n) < chance[clusters]).astype(float), clusters
+
+
+def test_interval_is_the_naive_cluster_bootstrap():
+    values, clusters = draws()
+    rng, means = np.random.default_rng(1), []
+    members = [values[clusters == c] for c in np.unique(clusters)]
+    for _ in range(4000):
+        means.append(np.concatenate([members[i] for i in rng.integers(0, len(members), len(members))]).mean())
+    for level, tolerance in ((0.95, 0.01), (0.5, 0.006)):
+        expected = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+        np.testing.assert_allclose(clustered_interval(values, clusters, level, 4000), expected, atol=tolerance)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10**6), st.integers(2, 4))
+def test_copies_within_an_image_add_no_certainty(seed, copies):
+    """The reason for clustering: asking the same question again narrows nothing."""
+    values, clusters = draws(40, 10, seed)
+    repeated = clustered_interval(np.repeat(values, copies), np.repeat(clusters, copies), resamples=200)
+    np.testing.assert_allclose(repeated, clustered_interval(values, clusters, resamples=200), atol=1e-12)
+
+
+def test_interval_edge_cases():
+    values, clusters = draws()
+    assert clustered_interval(values, clusters) == clustered_interval(values, clusters)
+    assert clustered_interval(values, clusters) != clustered_interval(values, clusters, seed=1)
+    names = np.array([f"image {c}" for c in clusters])
+    assert clustered_interval(pd.Series(values), names) == clustered_interval(values, clusters)
+    assert clustered_interval(np.ones(5), np.arange(5)) == (1, 1) and clustered_interval([0, 1], [0, 1]) == (0, 1)
+    assert np.isnan(clustered_interval([0, 1, 1], [7, 7, 7])).all() and np.isnan(clustered_interval([], [])).all()
+    for bad in (([0, 1], [0]), ([0, np.nan], [0, 1]), ([0, 1], [0, None]), ([[0, 1]], [[0, 1]])):
+        with pytest.raises(ValueError, match="one cluster per value|must not be missing"):
+            clustered_interval(*bad)
+
+
+def test_interval_covers_the_truth():
+    """95 % intervals cover 90 % or more with 60 images (percentiles run a little short); unclustered, < 88 %."""
+    truth = np.clip(0.5 + 0.35 * np.random.default_rng(0).standard_normal(10**6), 0, 1).mean()
+    covered = np.zeros(2)
+    for seed in range(200):
+        values, clusters = draws(360, seed=seed)
+        for i, grouping in enumerate((clusters, np.arange(len(values)))):
+            low, high = clustered_interval(values, grouping, resamples=300)
+            covered[i] += low <= truth <= high
+    assert covered[0] >= 180 and covered[1] < 176, covered
+
+
+def test_interval_and_test_are_fast():
+    values, clusters = draws(3500, 500)
+    start = time.process_time()
+    clustered_interval(values, clusters)
+    assert time.process_time() - start < 0.5
+    start = time.process_time()
+    paired_difference(values, values[::-1], clusters)
+    assert time.process_time() - start < 3
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 9))
+def test_p_is_the_enumerated_one_for_few_clusters(seed, images):
+    rng = np.random.default_rng(seed)
+    a, b, clusters = rng.integers(0, 2, 20), rng.integers(0, 2, 20), rng.integers(0, images, 20)
+    sums = [sum((b - a)[clusters == c]) for c in range(images)]
+    flips = [abs(sum(s * x for s, x in zip(signs, sums))) for signs in itertools.product((-1, 1), repeat=images)]
+    result = paired_difference(a, b, clusters, resamples=50)
+    assert result["p"] == pytest.approx(np.mean([f >= abs(sum(sums)) for f in flips]))
+    assert result["difference"] == pytest.approx(b.mean() - a.mean())
+
+
+def test_p_is_uniform_without_a_difference():
+    """Rejections at 5 % under the null: about 10 of 200 with images as units, far more with expressions as units."""
+    rng, rejected = np.random.default_rng(0), np.zeros(2)
+    for _ in range(200):
+        clusters = np.repeat(np.arange(30), 7)
+        shift = rng.integers(0, 2, 30)[clusters]  # a whole image flips between the cells
+        a = np.where(shift, 0, 1)
+        b = 1 - a
+        for i, grouping in enumerate((clusters, np.arange(len(a)))):
+            rejected[i] += paired_difference(a, b, grouping, resamples=2, permutations=199)["p"] <= 0.05
+    assert rejected[0] <= 20 and rejected[1] > 60, rejected
+
+
+def test_paired_difference_signs_and_extremes():
+    a, clusters = draws()
+    b = np.maximum(a, draws(seed=5)[0])
+    forth, back = paired_difference(a, b, clusters), paired_difference(b, a, clusters)
+    assert forth["difference"] > 0 and forth["low"] > 0 and forth["p"] < 0.01
+    assert forth["low"] <= forth["difference"] <= forth["high"]
+    assert back["p"] == forth["p"]
+    np.testing.assert_allclose([back["low"], back["high"]], [-forth["high"], -forth["low"]], atol=1e-12)
+    assert paired_difference(a, a, clusters) == {"difference": 0, "low": 0, "high": 0, "p": 1}
+    assert paired_difference([0, 0], [1, 1], [3, 3])["p"] == 1  # one image proves nothing
+    assert paired_difference([0] * 40, [1] * 5 + [0] * 35, range(40))["p"] == 2 / 2**5  # exact: 35 images do not count
+    c = draws(seed=6)[0]
+    first, second = (paired_difference(a, c, clusters, 0.9, 300, seed=seed) for seed in (0, 1))
+    assert first["p"] != second["p"] and first["p"] == pytest.approx(second["p"], abs=0.03)  # sampled, hence seeded
+    for seed, result in enumerate((first, second)):
+        assert (result["low"], result["high"]) == clustered_interval(c - a, clusters, 0.9, 300, seed)
+    for bad in (([0, 1], [0], [0, 1]), ([], [], [])):
+        with pytest.raises(ValueError, match="aligned and not empty"):
+            paired_difference(*bad)
+    with pytest.raises(ValueError, match="one cluster per value"):
+        paired_difference([0, 1], [1, 1], [0])
+
+
+def cells():
+    a, image = draws(90, 30)
+    b, _ = draws(90, 30, seed=1)
+    keys = {"image_id": image, "ref_id": np.arange(90) // 2, "sent_id": np.arange(90)}
+    full = pd.DataFrame(keys | {"pruner": "none", "keep": np.nan, "ids": "compact", "correct": a > 0})
+    gap = pd.DataFrame(keys | {"pruner": "trim", "keep": 0.1, "ids": "original", "correct": b > 0})
+    return full, gap, paired_difference(a, b, image) | {"n": 90}
+
+
+def test_paired_cells_joins_by_expression_not_by_place():
+    full, gap, expected = cells()
+    mixed = pd.concat([full, gap.sample(frac=1, random_state=0)])
+    assert paired_cells(mixed, {"keep": None}, {"pruner": "trim", "ids": "original"}) == expected
+    other = paired_cells(mixed, {"keep": np.nan}, {"keep": 0.1}, seed=3, resamples=100)
+    assert other["difference"] == expected["difference"] and other["low"] != expected["low"]
+
+
+def test_paired_cells_refuses_what_is_not_paired():
+    full, gap, _ = cells()
+    none, trim = {"pruner": "none"}, {"pruner": "trim"}
+    with pytest.raises(ValueError, match="0 of cell a are missing in cell b, 3 of cell b are missing in cell a"):
+        paired_cells(pd.concat([full[3:], gap]), none, trim)
+    with pytest.raises(ValueError, match="2 of cell a are missing in cell b, 1 of cell b are missing in cell a"):
+        paired_cells(pd.concat([full[1:], gap[:-2]]), none, trim)
+    with pytest.raises(ValueError, match="holds 90 expressions more than once"):
+        paired_cells(pd.concat([full, gap, gap.assign(ids="compact")]), none, trim)
+    with pytest.raises(ValueError, match="no rows in cell {'pruner': 'prumerge'}"):
+        paired_cells(pd.concat([full, gap]), none, {"pruner": "prumerge"})
+    with pytest.raises(ValueError, match="unknown column 'prunner'; did you mean 'pruner'"):
+        paired_cells(pd.concat([full, gap]), {"prunner": "none"}, trim)
+
+
+def test_matching_keeps_missing_values_apart():
+    rows = pd.DataFrame({"keep": [None, 0.5, np.nan, 0.1], "ids": ["a", None, "b", "a"]})
+    assert matching(rows, {"keep": None}).index.tolist() == [0, 2]
+    assert matching(rows, {"keep": None, "ids": "b"}).index.tolist() == [2]
+    assert matching(rows, {"ids": None}).index.tolist() == [1]
+    assert matching(rows, {}).index.tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.filterwarnings("error")
+def test_retention_and_fdr():
+    assert retention(51.42, 56.14) == pytest.approx(0.9159, abs=1e-4)  # GAP's abstract: "90% of the original"
+    assert np.isnan(retention(0.0, 0.0))
+    np.testing.assert_array_equal(retention(pd.Series([1.0, 2.0, 3.0]), np.array([4, 4, 0])), [0.25, 0.5, np.nan])
+    p = [0.01, 0.04, 0.03, 0.5]
+    by_hand = [0.04, min(0.04 * 4 / 3, 0.5), min(0.03 * 4 / 2, 0.04 * 4 / 3), 0.5]
+    np.testing.assert_allclose(fdr(p), by_hand)
+
+
+def test_published_numbers_have_sources_and_are_found_once():
+    assert PUBLISHED["source"].notna().all() and PUBLISHED["value"].between(0, 100).all()
+    assert not PUBLISHED.drop(columns="value").duplicated().any()
+    where = {"dataset": "RefCOCO", "model": "LLaVA", "split": "val"}
+    assert published(**where, pruner="none") == 56.14
+    assert published(**where, pruner=None, ids="compact") == 15.34
+    assert published(**where, ids="original") == 51.42
+    assert published(model="LLaVA", split="testA") is None
+    with pytest.raises(ValueError, match="2 published values match"):
+        published(model="MiniGPTv2", ids="compact")
+    with pytest.raises(ValueError, match="unknown column 'modle'; did you mean 'model'"):
+        published(modle="LLaVA")
