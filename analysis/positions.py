@@ -10,13 +10,13 @@ before pruning, K after; IDs count from the image's first slot, and `layout` put
   order   method             as the pruner emits them
           raster             by raster index before pruning
           shuffled[:share]   method, a seeded share of the tokens permuted among itself (default 1), the others stay
-  ids     compact            0..K-1 in physical order: re-numbering after pruning
+  ids     compact[:factor]   floor(factor * 0..K-1) in physical order: re-numbering after pruning (default 1)
           original           the raster index before pruning: GAP
           compressed:factor  floor(original * factor), 0 < factor <= 1: right order, wrong distances
           shifted:offset     original + offset, an integer >= 0: right distances, but for those to the text before
           shuffled[:share]   original, a seeded share permuted among itself (default 1): right values, wrong order
   @text   not given          the text goes on where the image would end unpruned (compact: pruned) under the same rule:
-                             K, n, ceil(n * factor), n + offset, n. No visual ID then reaches the text's.
+                             ceil(K * factor), n, ceil(n * factor), n + offset, n. No visual ID then reaches the text's.
           @after             largest visual ID + 1: isolates the gap between the last kept token and the text
           @original          n: the text stands where it would unpruned, which isolates the image's own IDs
           @compact           K: the text stands where re-numbering puts it, which isolates the text's IDs
@@ -79,7 +79,7 @@ ORDERS: dict[str, Callable[[Tensor, Value, int], Tensor]] = {
 
 # (origin [K] in physical order, n, value, seed) -> [K] int64 IDs
 IDS: dict[str, Callable[[Tensor, int, Value, int], Tensor]] = {
-    "compact": lambda origin, n, value, seed: _compact(origin),
+    "compact": lambda origin, n, value, seed: _compact(origin) * value.numerator // value.denominator,
     "original": lambda origin, n, value, seed: origin,
     "compressed": lambda origin, n, value, seed: origin * value.numerator // value.denominator,
     "shifted": lambda origin, n, value, seed: origin + value,
@@ -88,7 +88,7 @@ IDS: dict[str, Callable[[Tensor, int, Value, int], Tensor]] = {
 
 # (n, K, value) -> ID of the first text token, where the specification has no @
 _TEXT_OF_IDS: dict[str, Callable[[int, int, Value], int]] = {
-    "compact": lambda n, k, value: k,
+    "compact": lambda n, k, value: ceil(k * value),
     "original": lambda n, k, value: n,
     "compressed": lambda n, k, value: ceil(n * value),
     "shifted": lambda n, k, value: n + value,
@@ -110,6 +110,7 @@ def _fraction(text: str) -> Fraction:
 # how to read a value, which ones are valid, that in words, the value where none is written
 _VALUES: dict[str, tuple[Callable[[str], Any], Callable[[Any], bool], str, str]] = {
     "shuffled": (_fraction, lambda share: 0 <= share <= 1, "a share in [0, 1], as in 'shuffled:0.5'", "1"),
+    "compact": (_fraction, lambda factor: 0 < factor <= 1, "a factor in (0, 1], as in 'compact:0.5'", "1"),
     "compressed": (_fraction, lambda factor: 0 < factor <= 1, "a factor in (0, 1], as in 'compressed:0.75'", ""),
     "shifted": (int, lambda offset: 0 <= offset < 2**31, "an integer offset >= 0, as in 'shifted:100'", ""),
 }

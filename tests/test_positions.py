@@ -132,8 +132,9 @@ def test_parsed_specs():
         ("orignal", IDS, "unknown IDs 'orignal'.*'original'.*compressed"),
         ("rasta", ORDERS, "unknown order 'rasta'.*'raster'"),
         ("", IDS, "unknown IDs ''"),
-        ("compact:3", IDS, "'compact' takes no value"),
-        ("compact:", IDS, "'compact' takes no value"),
+        ("original:3", IDS, "'original' takes no value"),
+        ("compact:3", IDS, r"'compact' needs a factor in \(0, 1\]"),
+        ("compact:", IDS, "'compact' needs a factor"),
         ("compressed", IDS, r"'compressed' needs a factor in \(0, 1\]"),
         ("compressed:0", IDS, "needs a factor"),
         ("compressed:1.1", IDS, "needs a factor"),
@@ -158,3 +159,9 @@ def test_bad_specs_say_what_is_wrong(spec, registry, message):
 def test_origins_outside_the_image_are_refused(origin):
     with pytest.raises(ValueError, match=r"all in 0\.\.9"):
         assign(torch.tensor(origin, dtype=torch.int64), N, "original", 0)
+
+
+def test_a_compact_factor_closes_up_whatever_the_order():
+    origin = torch.tensor([7, 2, 5, 0])
+    ids = assign(origin, 8, "compact:0.5", seed=0)
+    assert ids.visual.tolist() == [0, 0, 1, 1] and ids.text == 2

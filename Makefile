@@ -1,0 +1,33 @@
+# make paper: regenerate every figure from the embedded tiny models;  make test: run the tests.
+# Both set themselves up in .venv (Python >= 3.11); nothing is installed anywhere else.
+PYTHON ?= python3
+BIN := .venv/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: help paper test setup clean
+
+help:  ## these lines
+	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*##/\t/'
+
+setup: .venv/ready  ## make .venv with what pyproject.toml lists
+
+# torch goes first and alone, so that pip takes whatever build of exactly this release the machine offers:
+# CUDA from PyPI on a GPU machine, a CPU build where pip is configured to find one
+.venv/ready: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, $(PYTHON) is %d.%d; try make PYTHON=python3.12" % sys.version_info[:2])'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+# The first run in a clone regenerates everything: the tracked rows and figures are there to be read and compared, and
+# git gives files no dates to tell stale ones by. Later runs redo what its inputs' dates call for.
+paper: .venv/ready  ## regenerate every figure and table (what is up to date is left alone)
+	$(BIN)/snakemake --profile profiles/local $(if $(wildcard .snakemake/done),,--forceall)
+	@touch .snakemake/done
+
+test: .venv/ready  ## run the tests
+	$(BIN)/python -m pytest -q
+
+clean:  ## forget what has been run, so that the next make paper regenerates everything
+	rm -rf .snakemake papermill_runs/*/*.ipynb papermill_runs/*/*.parts figures/smoke
