@@ -11,17 +11,16 @@ import re
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from ..models.llava import SYSTEM
 from .grammar import DESCRIBE, REFER, vocabulary
 
-SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
-          "detailed, and polite answers to the user's questions.")
 # CLIP's text tower takes eos id 2 for the sign of an old bug and then pools elsewhere: </s> must not be id 2
 SPECIAL = ("<pad>", "<s>", "<unk>", "</s>", "<image>")
 
 
 def build() -> PreTrainedTokenizerFast:
     space = "▁"  # stands for a space, as in sentencepiece
-    # a question follows "\\n", so its first piece carries no space
+    # a question follows a line break, so its first piece carries no space
     fixed = [*(phrase.replace(" ", space) for phrase in (REFER, DESCRIBE)), "List", "Is", "What", "How"]
     words = dict.fromkeys([*re.findall(r"[A-Za-z']+", SYSTEM), "USER", "ASSISTANT", *vocabulary()])
     marks = [f"{space}[0.", f"{space}[1.", f",{space}0.", f",{space}1.", "]", ".", ",", ":", "?", "\n"]

@@ -25,37 +25,39 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm.auto import tqdm
-from transformers import CLIPModel, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import (CLIPConfig, CLIPModel, CLIPVisionConfig, LlamaConfig, LlavaConfig,
+                          LlavaForConditionalGeneration)
 
 from .. import ROOT
 from ..decode import greedy
+from ..models import load
+from ..models.llava import SYSTEM, pad_to_square
 from ..positions import layout
 from ..rec.boxes import DIALECTS, FRAMES, hit
 from .grammar import caption, questions, rec_question
 from .scenes import Scene, scene
 from .stamps import stamps
-from .tokenizer import SYSTEM, build as build_tokenizer
+from .tokenizer import build as build_tokenizer
 from .tower import GRID, IMAGE, PATCH, build_clip, clip_config, install_stem, project_patches
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 RUNS = ROOT / "runs"
+HELD_OUT = 200  # scenes of the training side that are never trained on, to follow the accuracy without touching val
 MEAN, STD = torch.tensor([0.481, 0.458, 0.408]), torch.tensor([0.269, 0.261, 0.276])  # CLIP's, rounded
-FILL = (122, 116, 104)  # LLaVA's padding colour
+FROZEN = "model.vision_tower."  # comes from the tiny CLIP and is not saved again
 
 
 # ---------------------------------------------------------------------------------------------------- scenes
 
 
 def padded(picture: Image.Image) -> np.ndarray:
-    """Centred on a square of LLaVA's fill colour, as the model sees it: uint8 [3, IMAGE, IMAGE]."""
-    side = max(picture.size)
-    canvas = Image.new("RGB", (side, side), FILL)
-    canvas.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
-    return np.asarray(canvas.resize((IMAGE, IMAGE)) if side != IMAGE else canvas).transpose(2, 0, 1).copy()
+    """A scene as the model sees it: uint8 [3, IMAGE, IMAGE]. Scenes are IMAGE pixels on their longer side."""
+    return np.asarray(pad_to_square(picture)).transpose(2, 0, 1).copy()
 
 
 def objects_wanted(index: int) -> int | None:
@@ -133,7 +135,10 @@ def run(stage: str, model: torch.nn.Module, args, make_batches, loss_of, evaluat
     state = dict(step=0, scenes=0, seconds=0.0)
     if (folder / "state.pt").exists():
         saved = torch.load(folder / "state.pt", map_location=args.device, weights_only=True)
-        model.load_state_dict(saved["model"], strict=False)
+        absent, surplus = model.load_state_dict(saved["model"], strict=False)
+        if surplus or any(not key.startswith(FROZEN) for key in absent):
+            raise ValueError(f"{folder / 'state.pt'} is of another model (missing {absent}, surplus {surplus}); "
+                             "move it away to start anew")
         optimizer.load_state_dict(saved["optimizer"])
         state = saved["state"]
         print(f"{stage}: going on from step {state['step']}")
@@ -142,7 +147,7 @@ def run(stage: str, model: torch.nn.Module, args, make_batches, loss_of, evaluat
         return
 
     def save() -> None:
-        kept = {k: v for k, v in model.state_dict().items() if not k.startswith("model.vision_tower.")}
+        kept = {k: v for k, v in model.state_dict().items() if not k.startswith(FROZEN)}
         torch.save(dict(model=kept, optimizer=optimizer.state_dict(), state=state), folder / "state.tmp")
         (folder / "state.tmp").replace(folder / "state.pt")
 
@@ -253,7 +258,7 @@ def train_clip(args) -> None:
         contrast, region, numbers = losses(batch)
         return contrast + 3 * region, numbers
 
-    held_out = [scene("train", 10**9 + i) for i in range(128)]
+    held_out = [scene("train", 10**9 + i) for i in range(HELD_OUT)]
 
     @torch.no_grad()
     def evaluate():
@@ -269,7 +274,6 @@ def train_clip(args) -> None:
     def export(model, state):
         folder = CHECKPOINTS / "tiny-clip"
         model.config.save_pretrained(folder)
-        from safetensors.torch import save_file
         save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "model.safetensors")
         tokenizer.save_pretrained(folder)
 
@@ -278,8 +282,6 @@ def train_clip(args) -> None:
 
 def load_clip(folder: Path = CHECKPOINTS / "tiny-clip") -> CLIPModel:
     """The tiny CLIP as trained; frozen."""
-    from safetensors.torch import load_file
-    from transformers import CLIPConfig
     if not (folder / "model.safetensors").exists():
         raise FileNotFoundError(f"no tiny CLIP in {folder}; make it: python -m analysis.testbed.train clip")
     model = build_clip(CLIPConfig.from_pretrained(folder))
@@ -357,6 +359,11 @@ def train_llava(args) -> None:
     """The language model and the connector learn REC and its companions; the tower is frozen, as in LLaVA."""
     tokenizer = build_tokenizer()
     model = build_llava(tokenizer, load_clip()).to(args.device)
+    if args.start:
+        begun = load(str(args.start), device=str(args.device))
+        for part, weights in ((model.model.language_model, begun.decoder), (model.lm_head, begun.head),
+                              (model.model.multi_modal_projector, begun.connector)):
+            part.load_state_dict(weights.state_dict())
     core, embed = model.model, model.get_input_embeddings()
     before = torch.tensor(tokenizer.encode(f"<s>{SYSTEM} USER: ", add_special_tokens=False), device=args.device)
 
@@ -390,11 +397,11 @@ def train_llava(args) -> None:
 
     digits = torch.zeros(len(tokenizer), dtype=torch.bool, device=args.device)
     digits[tokenizer.convert_tokens_to_ids(list("0123456789"))] = True
-    held_out = [scene("train", 10**9 + i) for i in range(200)]
+    held_out = [scene("train", 10**9 + i) for i in range(HELD_OUT)]
 
     @torch.no_grad()
     def evaluate():
-        """Acc@0.5 of one expression on each of 200 training-side scenes that are never trained on."""
+        """Acc@0.5 of one expression on each of HELD_OUT training-side scenes that are never trained on."""
         model.eval()
         rng = np.random.default_rng(0)
         asked = [(s, rec_question(s, rng)) for s in held_out]
@@ -446,6 +453,7 @@ def main() -> None:
     parser.add_argument("--evaluate", type=int, default=500, help="steps between two measurements of the accuracy")
     parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--start", type=Path, help="llava without saved state: begin with the weights of this folder")
     parser.add_argument("--export", action="store_true", help="only write the checkpoint from the saved state")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
