@@ -20,14 +20,17 @@ setup: .venv/ready  ## make .venv with what pyproject.toml lists
 	$(BIN)/python -m pip install --quiet --editable .
 	touch $@
 
-# The first run in a clone regenerates everything: the tracked rows and figures are there to be read and compared, and
-# git gives files no dates to tell stale ones by. Later runs redo what its inputs' dates call for.
-paper: .venv/ready  ## regenerate every figure and table (what is up to date is left alone)
-	$(BIN)/snakemake --profile profiles/local $(if $(wildcard .snakemake/done),,--forceall)
-	@touch .snakemake/done
+paper: .venv/ready .snakemake/begun  ## regenerate every figure and table (what is up to date is left alone)
+	$(BIN)/snakemake --profile profiles/local
+
+# The first run in a clone sets the tracked rows and figures aside, so that everything is really regenerated: git gives
+# files no dates to tell stale ones by (git checkout brings the tracked ones back)
+.snakemake/begun:
+	rm -f papermill_runs/*/*.parquet figures/*.pdf figures/*.png
+	mkdir -p .snakemake && touch $@
 
 test: .venv/ready  ## run the tests
 	$(BIN)/python -m pytest -q
 
 clean:  ## forget what has been run, so that the next make paper regenerates everything
-	rm -rf .snakemake papermill_runs/*/*.ipynb papermill_runs/*/*.parts figures/smoke
+	rm -rf .snakemake papermill_runs/*/*.ipynb papermill_runs/*/*.parts papermill_runs/smoke figures/smoke

@@ -9,6 +9,7 @@ FIGURES = {  # consumer notebook -> rows it reads
     "fig1_collapse": ["papermill_runs/10_rec_eval/fig1.parquet"],
     "fig2_misalignment": ["papermill_runs/10_rec_eval/fig2.parquet"],
     "figA_refstamps": [],
+    "figB_testbed": ["analysis/testbed/checkpoints/tiny-llava/probe.csv"],
 }
 DRAWING = ["analysis/style.py", "analysis/published.py", "analysis/stats.py", "analysis/rec/scoring.py"]
 # what can move a row: the code without the drawing, the training and the probe

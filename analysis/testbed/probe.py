@@ -5,7 +5,8 @@
 Ridge regression from single tokens, images held out, reported as R^2 (0: nothing, 1: all) on: the frozen tower's
 features, the connector's output, and the language model's hidden states after each block, once with the right position
 IDs and once with IDs shuffled among the visual tokens (there the target is still where the token truly lies). If the
-features told the position, the shuffled curve would stay high and misaligned IDs would cost little.
+features told the position, the shuffled curve would stay high and misaligned IDs would cost little. The table of an
+embedded model is kept beside its checkpoint as probe.csv.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..decode import causal_mask
-from ..models import load
+from ..models import MODELS, load
 from ..positions import assign, layout
 from ..rec import datasets
 
@@ -68,4 +69,7 @@ if __name__ == "__main__":
     parser.add_argument("model", nargs="?", default="tiny-llava")
     parser.add_argument("--images", type=int, default=120)
     args = parser.parse_args()
-    print(probe(args.model, args.images).round(3).to_string(index=False))
+    found = probe(args.model, args.images).round(3)
+    print(found.to_string(index=False))
+    if args.model in MODELS:
+        found.to_csv(MODELS[args.model] / "probe.csv", index=False)

@@ -57,16 +57,13 @@ class Object:
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture (RGB) with its objects; size is (width, height) in pixels."""
+    """A picture (RGB; None where only the annotation is carried on) with its objects; size is (width, height)."""
 
     split: str
     index: int
-    image: Image.Image = field(repr=False, compare=False)
+    size: tuple[int, int]
     objects: tuple[Object, ...]
-
-    @property
-    def size(self) -> tuple[int, int]:
-        return self.image.size
+    image: Image.Image | None = field(repr=False, compare=False)
 
 
 def rng_for(split: str, index: int, stream: int = 0) -> np.random.Generator:
@@ -179,7 +176,7 @@ def scene(split: str, index: int, count: int | None = None) -> Scene:
     canvas = background(rng, size)
     for _, image, box in placed:
         canvas.paste(image, box[:2], image)
-    return Scene(split, index, canvas, tuple(Object(stamps()[i], box) for i, _, box in placed))
+    return Scene(split, index, size, tuple(Object(stamps()[i], box) for i, _, box in placed), canvas)
 
 
 __all__ = ["SPLITS", "Object", "Scene", "heldout_region", "nouns", "region", "rng_for", "scene"]

@@ -18,8 +18,10 @@ import argparse
 import csv
 import json
 import math
+import shutil
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -61,11 +63,12 @@ def padded(picture: Image.Image) -> np.ndarray:
 
 
 def objects_wanted(index: int) -> int | None:
-    """Curriculum: many one-object scenes at first, 15 % for ever; the rest two objects or as in evaluation."""
+    """Curriculum: many one-object scenes at first, 15 % for ever; of the rest, three in ten of two objects, the
+    others as in evaluation."""
     rng = np.random.default_rng([7, index])
-    if rng.random() < max(0.15, 0.7 - index / 40_000):
+    if rng.random() < max(0.15, 0.7 - index / 20_000):
         return 1
-    return 2 if rng.random() < 0.15 else None
+    return 2 if rng.random() < 0.3 else None
 
 
 class FreshScenes(IterableDataset):
@@ -79,7 +82,7 @@ class FreshScenes(IterableDataset):
         index = self.start + info.id
         while True:
             drawn = scene("train", index, objects_wanted(index))
-            yield drawn, padded(drawn.image)
+            yield replace(drawn, image=None), padded(drawn.image)
             index += info.num_workers
 
 
@@ -184,6 +187,11 @@ def run(stage: str, model: torch.nn.Module, args, make_batches, loss_of, evaluat
     export(model, state)
 
 
+def ship_log(stage: str, folder: Path) -> None:
+    """The curve goes with the checkpoint."""
+    shutil.copy(RUNS / stage / "log.csv", folder / "log.csv")
+
+
 # ---------------------------------------------------------------------------------------------------- CLIP
 
 
@@ -276,6 +284,7 @@ def train_clip(args) -> None:
         model.config.save_pretrained(folder)
         save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "model.safetensors")
         tokenizer.save_pretrained(folder)
+        ship_log("clip", folder)
 
     run("clip", model, args, make_batches, loss_of, evaluate, export)
 
@@ -434,6 +443,7 @@ def train_llava(args) -> None:
         tokenizer.save_pretrained(folder)
         settings = dict(image_mean=MEAN.tolist(), image_std=STD.tolist(), size=dict(height=IMAGE, width=IMAGE))
         (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+        ship_log("llava", folder)
 
     run("llava", model, args, make_batches, loss_of, evaluate, export)
 
