@@ -9,7 +9,8 @@ FIGURES = {  # consumer notebook -> rows it reads
     "fig1_collapse": ["papermill_runs/10_rec_eval/fig1.parquet"],
     "fig2_misalignment": ["papermill_runs/10_rec_eval/fig2.parquet"],
     "figA_refstamps": [],
-    "figB_testbed": ["analysis/testbed/checkpoints/tiny-llava/probe.csv"],
+    "figB_testbed": [f"analysis/testbed/checkpoints/{file}"
+                     for file in ("tiny-clip/log.csv", "tiny-llava/log.csv", "tiny-llava/probe.csv")],
 }
 DRAWING = ["analysis/style.py", "analysis/published.py", "analysis/stats.py", "analysis/rec/scoring.py"]
 # what can move a row: the code without the drawing, the training and the probe

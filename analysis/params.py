@@ -6,21 +6,18 @@ what papermill injects, is `params.check(globals(), DECLARED)`. Works under pape
 
 from __future__ import annotations
 
-from difflib import get_close_matches
 from types import ModuleType
 from typing import Any
 
-
-def _visible(scope: dict[str, Any]) -> dict[str, Any]:
-    """What a notebook's own cells have defined: neither IPython's names nor modules, functions and classes."""
-    hidden = {"In", "Out", "DECLARED", "exit", "quit", "open"}
-    return {k: v for k, v in scope.items()
-            if not k.startswith("_") and k not in hidden and not isinstance(v, ModuleType) and not callable(v)}
+from .registry import pick
 
 
 def declare(scope: dict[str, Any]) -> dict[str, Any]:
-    """The parameters, {name: default}; scope is the notebook's globals()."""
-    return _visible(scope)
+    """The parameters, {name: default}: what a notebook's own cells have defined, neither IPython's names nor modules,
+    functions and classes. scope is the notebook's globals()."""
+    hidden = {"In", "Out", "DECLARED", "exit", "quit", "open"}
+    return {k: v for k, v in scope.items()
+            if not k.startswith("_") and k not in hidden and not isinstance(v, ModuleType) and not callable(v)}
 
 
 def check(scope: dict[str, Any], declared: dict[str, Any]) -> None:
@@ -28,12 +25,8 @@ def check(scope: dict[str, Any], declared: dict[str, Any]) -> None:
 
     A list may stand for one value where the default is a list, and None where the default is None or anything else.
     """
-    for name, value in _visible(scope).items():
-        if name not in declared:
-            near = get_close_matches(name, declared, n=1)
-            raise ValueError(f"unknown parameter {name!r}; " + (f"did you mean {near[0]!r}? " if near else "")
-                             + f"This notebook has: {', '.join(declared)}")
-        default = declared[name]
+    for name, value in declare(scope).items():
+        default = pick(declared, name, "parameter")
         if default is None or value is None or isinstance(default, list):
             continue
         kinds = (int, float) if isinstance(default, float) else (type(default),)

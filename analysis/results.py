@@ -22,7 +22,7 @@ import pandas as pd
 import pyarrow as pa
 from pyarrow import parquet
 
-_ROOT = Path(__file__).parents[1]
+from analysis import ROOT
 
 
 def fingerprint(facts: Any) -> str:
@@ -34,7 +34,7 @@ def environment() -> dict[str, str]:
     """What of the surroundings can move a number: git commit ("unknown" outside a repository) and versions."""
     try:
         commit = subprocess.run(
-            ["git", "rev-parse", "--verify", "HEAD"], cwd=_ROOT, capture_output=True, text=True, check=True
+            ["git", "rev-parse", "--verify", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
         ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown"

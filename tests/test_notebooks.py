@@ -38,6 +38,15 @@ def test_a_figure_from_its_parameters_to_its_files(key, figure, model, tmp_path)
     assert all(file.stat().st_size > 1000 for file in files)
 
 
+@pytest.mark.parametrize("figure", ["figA_refstamps", "figB_testbed"])
+def test_a_figure_that_needs_no_rows(figure, tmp_path):
+    files = [ROOT / f"figures/smoke/{figure}.{extension}" for extension in ("pdf", "png")]
+    for file in files:
+        file.unlink(missing_ok=True)
+    run(ROOT / f"notebooks/{figure}.ipynb", tmp_path / "drawn.ipynb", {"smoke": True})
+    assert all(file.stat().st_size > 1000 for file in files)
+
+
 def test_bare_papermill_fails_on_a_misspelt_parameter(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "papermill", PRODUCER, tmp_path / "out.ipynb", "-k", "python3", "-p", "pruners", "trim"],
