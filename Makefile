@@ -26,7 +26,7 @@ paper: .venv/ready .snakemake/begun  ## regenerate every figure and table (what 
 # The first run in a clone sets the tracked rows and figures aside, so that everything is really regenerated: git gives
 # files no dates to tell stale ones by (git checkout brings the tracked ones back)
 .snakemake/begun:
-	rm -f papermill_runs/*/*.parquet figures/*.pdf figures/*.png
+	rm -f papermill_runs/*/*.parquet figures/*.*
 	mkdir -p .snakemake && touch $@
 
 test: .venv/ready  ## run the tests

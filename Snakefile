@@ -5,12 +5,25 @@
 
 from glob import glob
 
-FIGURES = {  # consumer notebook -> rows it reads
-    "fig1_collapse": ["papermill_runs/10_rec_eval/fig1.parquet"],
-    "fig2_misalignment": ["papermill_runs/10_rec_eval/fig2.parquet"],
+RECS = "papermill_runs/10_rec_eval"
+SPLITS = ["refstamps_val", "refstamps_testA", "refstamps_testB", "refstamps+_val", "refstamps+_testA",
+          "refstamps+_testB", "refstampsg_val", "refstampsg_test"]
+FIGURES = {  # consumer notebook -> what it reads
+    "fig1_collapse": [f"{RECS}/fig1.parquet"],
+    "fig2_misalignment": [f"{RECS}/fig2.parquet"],
+    "fig3_keep_ratio": [f"{RECS}/fig3.parquet"],
+    "fig4_order_and_value": [f"{RECS}/fig4.parquet"],
+    "fig5_qualitative": [f"{RECS}/tab1_refstamps_val.parquet"],
     "figA_refstamps": [],
     "figB_testbed": [f"analysis/testbed/checkpoints/{file}"
                      for file in ("tiny-clip/log.csv", "tiny-llava/log.csv", "tiny-llava/probe.csv")],
+}
+TABLES = {
+    "tab1_methods": [f"{RECS}/tab1_{split}.parquet" for split in SPLITS],
+    "tab2_control": [f"{RECS}/tab1_refstamps_val.parquet", f"{RECS}/tab2.parquet"],
+    "tab3_cost": ["papermill_runs/11_cost/tab3.parquet"],
+    "tabA_frames": [f"{RECS}/fig1.parquet"],
+    "tabB_order_ids": [f"{RECS}/tabB.parquet"],
 }
 DRAWING = ["analysis/style.py", "analysis/published.py", "analysis/stats.py", "analysis/rec/scoring.py"]
 # what can move a row: the code without the drawing, the training and the probe
@@ -19,23 +32,74 @@ ENGINE = sorted(set(glob("analysis/*.py") + glob("analysis/*/*.py")) - set(DRAWI
 CHECKPOINTS = glob("analysis/testbed/checkpoints/*/model.safetensors")
 
 
+wildcard_constraints:
+    key="[^/]+",
+    table="tab[^/]+",
+
+
 rule all:
     input:
         expand("figures/{name}.{kind}", name=FIGURES, kind=["pdf", "png"]),
+        expand("figures/{name}.{kind}", name=TABLES, kind=["tex", "html", "csv"]),
 
 
+ruleorder: rec_eval_split > rec_eval  # tab1_* have no parameters of their own
+
+
+# One thread a job: on models this small two jobs of one thread do almost twice the work of one job of two.
 # The executed notebook is the log. Snakemake removes old rows before it starts; parts of a killed run stay and count.
 rule rec_eval:
     input:
         notebook="notebooks/10_rec_eval.ipynb",
-        parameters="papermill_runs/10_rec_eval/{key}.yaml",
+        parameters=RECS + "/{key}.yaml",
         engine=ENGINE,
         checkpoints=CHECKPOINTS,
     output:
-        "papermill_runs/10_rec_eval/{key}.parquet",
+        RECS + "/{key}.parquet",
     shell:
-        "papermill {input.notebook} papermill_runs/10_rec_eval/{wildcards.key}.ipynb -k python3 --log-output"
+        "OMP_NUM_THREADS={threads} papermill {input.notebook} {RECS}/{wildcards.key}.ipynb -k python3 --log-output"
         " -f {input.parameters} -p out {output}"
+
+
+# one file for each split of table 1, all with the same parameters
+rule rec_eval_split:
+    input:
+        notebook="notebooks/10_rec_eval.ipynb",
+        parameters=f"{RECS}/tab1.yaml",
+        engine=ENGINE,
+        checkpoints=CHECKPOINTS,
+    output:
+        RECS + "/tab1_{dataset,[^_]+}_{split}.parquet",
+    shell:
+        "OMP_NUM_THREADS={threads} papermill {input.notebook} {RECS}/tab1_{wildcards.dataset}_{wildcards.split}.ipynb -k python3 --log-output"
+        " -f {input.parameters} -p dataset {wildcards.dataset} -p split {wildcards.split} -p out {output}"
+
+
+rule cost:
+    input:
+        notebook="notebooks/11_cost.ipynb",
+        engine=ENGINE,
+        checkpoints=CHECKPOINTS,
+    output:
+        "papermill_runs/11_cost/tab3.parquet",
+    threads: workflow.cores  # alone, for the sake of the times
+    shell:
+        "mkdir -p papermill_runs/11_cost && "
+        "papermill {input.notebook} papermill_runs/11_cost/tab3.ipynb -k python3 --log-output -p out {output}"
+
+
+rule table:
+    input:
+        notebook="notebooks/{table}.ipynb",
+        rows=lambda wildcards: TABLES[wildcards.table],
+        drawing=DRAWING,
+    output:
+        "figures/{table}.tex",
+        "figures/{table}.html",
+        "figures/{table}.csv",
+    shell:
+        "mkdir -p papermill_runs/{wildcards.table} && "
+        "papermill {input.notebook} papermill_runs/{wildcards.table}/{wildcards.table}.ipynb -k python3"
 
 
 rule figure:

@@ -4,6 +4,8 @@ Where decoding goes on: each sequence continues at its own last ID + 1. Under GA
 text after the image stands where it would unpruned, and so do the generated tokens. Counting the tokens in the cache
 instead is the bug to avoid: "GAP prefill, compact decode".
 
+Several expressions on one image share all that comes before the question: `begin` runs it once.
+
 Why the mask is explicit: transformers 5 takes IDs with gaps, without mask and cache, for several packed sequences and
 silently cuts attention at every gap. A 4-D mask is used as it is. It is additive, which both "sdpa" and "eager"
 attention take; load the decoder with one of the two, as the flash kernels take no such mask.
@@ -12,13 +14,14 @@ attention take; load the decoder with one of the two, as the flash kernels take 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache
+from transformers.cache_utils import DynamicLayer
 
 Padding = Literal["left", "right"]
 
@@ -35,13 +38,57 @@ def causal_mask(valid: Tensor, dtype: torch.dtype, queries: int | None = None) -
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)[:, None]
 
 
+class RoomyLayer(DynamicLayer):
+    """A cache that grows by `ROOM` places at a time: copying all of it for every token would take half the time."""
+
+    ROOM = 64
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Append [B, H, L, d]; return all keys and values [B, H, C + L, d], which are views into larger tensors."""
+        start = self.get_seq_length()
+        end = start + key_states.shape[-2]
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if not start or self.keys.data_ptr() != self.rooms[0].data_ptr() or end > self.rooms[0].shape[-2]:
+            # no room, or `batch_select_indices` has put other tensors in place
+            self.rooms = [new.new_empty(*new.shape[:-2], end + self.ROOM, new.shape[-1])
+                          for new in (key_states, value_states)]
+            if start:
+                self.rooms[0][..., :start, :], self.rooms[1][..., :start, :] = self.keys, self.values
+        self.rooms[0][..., start:end, :], self.rooms[1][..., start:end, :] = key_states, value_states
+        self.keys, self.values = (room[..., :end, :] for room in self.rooms)
+        return self.keys, self.values
+
+
+class Context(NamedTuple):
+    """What several sequences begin with, already run: the cache, which of its places are tokens [B, L] bool."""
+
+    cache: Cache
+    valid: Tensor
+
+
+def begin(
+    decoder: nn.Module, embeds: Sequence[Tensor], position_ids: Sequence[Tensor], owner: Sequence[int]
+) -> Context:
+    """Run M shared beginnings (prompt and image) once, for the sequences that go on from them.
+
+    owner: for each sequence the number of its beginning; other arguments and errors as for `hidden_states`.
+    """
+    _, cache, valid = hidden_states(decoder, embeds, position_ids)
+    index = torch.tensor(owner, device=valid.device)
+    cache.batch_select_indices(index)
+    return Context(cache, valid[index])
+
+
 @torch.inference_mode()
 def hidden_states(
-    decoder: nn.Module, embeds: Sequence[Tensor], position_ids: Sequence[Tensor], padding: Padding = "left"
+    decoder: nn.Module, embeds: Sequence[Tensor], position_ids: Sequence[Tensor], padding: Padding = "left",
+    context: Context | None = None,
 ) -> tuple[Tensor, Cache, Tensor]:
-    """Run a ragged batch: last hidden states [B, L, D], the filled cache, and which places are tokens [B, L] bool.
+    """Run a ragged batch: last hidden states [B, L, D], the filled cache, and which places are tokens [B, C + L] bool.
 
     embeds: B tensors [L_i, D]; position_ids: B tensors [L_i] int64. L is the longest L_i; padding embeds as zeros.
+    context: what the B sequences come after, C places, used up by this call; C = 0 without.
     Raises ValueError on an empty batch or sequence, on lengths that disagree, and on an unknown padding side.
     """
     lengths = [len(e) for e in embeds]
@@ -55,27 +102,27 @@ def hidden_states(
     states, ids, valid = (
         pad_sequence(list(rows), batch_first=True, padding_side=padding) for rows in (embeds, position_ids, masks)
     )
+    if context:
+        valid = torch.cat([context.valid, valid], dim=1)
     out = decoder(
-        inputs_embeds=states, position_ids=ids, attention_mask=causal_mask(valid, states.dtype), use_cache=True
+        inputs_embeds=states, position_ids=ids, attention_mask=causal_mask(valid, states.dtype, states.shape[1]),
+        past_key_values=context.cache if context else Cache(layer_class_to_replicate=RoomyLayer), use_cache=True,
     )
     return out.last_hidden_state, out.past_key_values, valid
 
 
 @torch.inference_mode()
 def prefill(
-    decoder: nn.Module,
-    head: nn.Module,
-    embeds: Sequence[Tensor],
-    position_ids: Sequence[Tensor],
-    padding: Padding = "left",
+    decoder: nn.Module, head: nn.Module, embeds: Sequence[Tensor], position_ids: Sequence[Tensor],
+    padding: Padding = "left", context: Context | None = None,
 ) -> tuple[Tensor, Cache, Tensor]:
-    """Logits [B, V] after each sequence's last token, the cache, and which of its places are tokens [B, L] bool.
+    """Logits [B, V] after each sequence's last token, the cache, and which of its places are tokens [B, C + L] bool.
 
     Arguments and errors as for `hidden_states`; head maps [B, D] to [B, V] and sees the last tokens only.
     """
-    states, cache, valid = hidden_states(decoder, embeds, position_ids, padding)
-    place = torch.arange(valid.shape[1], device=valid.device)
-    last = (place * valid).argmax(dim=1)
+    states, cache, valid = hidden_states(decoder, embeds, position_ids, padding, context)
+    place = torch.arange(states.shape[1], device=valid.device)
+    last = (place * valid[:, -len(place):]).argmax(dim=1)
     return head(states[torch.arange(len(last), device=last.device), last]), cache, valid
 
 
@@ -89,16 +136,17 @@ def greedy(
     embed: nn.Embedding,
     max_new_tokens: int,
     eos: int | set[int],
+    context: Context | None = None,
     padding: Padding = "left",
 ) -> list[list[int]]:
     """Greedy continuation of each sequence, at most max_new_tokens long, without eos and what would follow.
 
-    embed: the decoder's token embedding; other arguments and errors as for `prefill`, and ValueError unless
-    max_new_tokens >= 1. Sequences that ended leave the batch.
+    embed: the decoder's token embedding; context: what each sequence comes after, as `begin` makes it; other arguments
+    and errors as for `prefill`, and ValueError unless max_new_tokens >= 1. Sequences that ended leave the batch.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be >= 1, got {max_new_tokens}")
-    logits, cache, valid = prefill(decoder, head, embeds, position_ids, padding)
+    logits, cache, valid = prefill(decoder, head, embeds, position_ids, padding, context)
     device = logits.device
     next_id = torch.stack([ids[-1] for ids in position_ids]) + 1
     ends = torch.tensor([eos] if isinstance(eos, int) else sorted(eos), device=device)

@@ -1,4 +1,5 @@
-"""Images x cells -> rows. Each image is encoded once for all cells, each selection made once for all orders and IDs.
+"""Images x cells -> rows. Each image is encoded once for all cells, each selection made once for all orders and IDs
+(and once for all expressions of the image, unless the method reads the expression).
 
 The piece of work is one cell on one chunk of images. Its batches hold nothing else, so its rows depend neither on
 which other cells run nor on where a killed run was taken up again.
@@ -19,20 +20,24 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from analysis import results
-from analysis.decode import greedy
+from analysis.decode import begin, greedy
 from analysis.models import Model
 from analysis.positions import ORDERS, Ids, assign, layout, parse_spec, reorder
-from analysis.pruning import PRUNERS
+from analysis.pruning import Pruner
+from analysis.pruning import pruner as find_pruner
 from analysis.rec.scoring import check_boxes
-from analysis.registry import pick
-from analysis.types import Cell, Selection, VisualTokens
+from analysis.types import Cell, Selection, Signals, VisualTokens
 
-EXPRESSION = ["image_id", "ref_id", "sent_id", "expression", "width", "height", "x1", "y1", "x2", "y2"]
 _KEY = ["image_id", "ref_id", "sent_id"]
+EXPRESSION = [*_KEY, "expression", "width", "height", "x1", "y1", "x2", "y2"]
+QUESTION = [*_KEY, "expression", "width", "height", "task", "answer"]  # of data whose answers are words
 
 
 class RecDataset(Protocol):
-    """What is evaluated: one row per expression with the columns `EXPRESSION`, and the images by their ID."""
+    """What is evaluated: one row per expression with the columns `EXPRESSION`, and the images by their ID.
+
+    Rows with a column "answer" are questions instead, with the columns `QUESTION`.
+    """
 
     name: str
     split: str
@@ -67,7 +72,7 @@ def check(grid: Sequence[Cell]) -> None:
     if not grid:
         raise ValueError("no cells to evaluate; `cells` builds a grid")
     for cell in grid:
-        pick(PRUNERS, cell.pruner, "pruner")
+        find_pruner(cell.pruner)
         parse_spec(cell.order, ORDERS)
         parse_spec(cell.ids)
         if cell.keep is not None and not (isinstance(cell.keep, int | float) and 0 < cell.keep <= 1):
@@ -76,15 +81,20 @@ def check(grid: Sequence[Cell]) -> None:
             raise ValueError(f"a seed must be an integer >= 0, got {cell.seed!r}")
 
 
+def _columns(rows: pd.DataFrame) -> list[str]:
+    return QUESTION if "answer" in rows else EXPRESSION
+
+
 def _check_data(dataset: RecDataset) -> None:
     what = f"{dataset.name} {dataset.split}"
     if dataset.rows.empty:
         raise ValueError(f"{what} holds no expressions; check the split and the limit")
-    if absent := [c for c in EXPRESSION if c not in dataset.rows]:
+    if absent := [c for c in _columns(dataset.rows) if c not in dataset.rows]:
         raise ValueError(f"{what} lacks the columns {', '.join(absent)}")
     if repeated := dataset.rows.duplicated(_KEY).sum():
         raise ValueError(f"{what} repeats {repeated} expressions; {', '.join(_KEY)} must be unique")
-    check_boxes(dataset.rows)
+    if "answer" not in dataset.rows:
+        check_boxes(dataset.rows)
 
 
 def image_seed(seed: int, image_id: Any) -> int:
@@ -118,61 +128,94 @@ def _answers(
     model: Model, placed: dict[Any, tuple[Tensor, Ids]], prompts: dict[str, tuple[Tensor, Tensor]], rows: pd.DataFrame,
     batch_size: int, bar: tqdm,
 ) -> pd.Series:
-    """The model's text for each row, in batches of similar length; "" where there is no image."""
+    """The model's text for each row, "" where there is no image, in batches of similar length.
+
+    placed: by row index; rows that hold the same tuple share their image's prefill.
+    """
     raw = pd.Series("", index=rows.index)
-    sequences = []
-    for row, image_id, expression in rows[["image_id", "expression"]].itertuples():
-        if image_id in placed:
-            (features, ids), (prefix, suffix) = placed[image_id], prompts[expression]
+    todo = sorted(placed, key=lambda row: len(placed[row][0]))  # stable: the rows of an image stay together
+    for start in range(0, len(todo), batch_size):
+        part, shared, owner, questions = todo[start : start + batch_size], {}, [], []
+        for row in part:
+            (features, ids), (prefix, suffix) = placed[row], prompts[rows["expression"][row]]
             positions = layout(len(prefix), ids.visual, ids.text, len(suffix))
-            sequences.append((row, prefix, features, suffix, positions))
-    sequences.sort(key=lambda sequence: len(sequence[-1]))
-    for start in range(0, len(sequences), batch_size):
-        index, prefixes, images, suffixes, positions = zip(*sequences[start : start + batch_size])
-        embeds = [
-            torch.cat([model.embed(prefix), image, model.embed(suffix)])
-            for prefix, image, suffix in zip(prefixes, images, suffixes)
-        ]
+            before, after = positions.tensor_split([len(prefix) + len(features)])
+            key = id(features), tuple(prefix.tolist())  # in some prompts the expression comes before the image
+            if key not in shared:
+                shared[key] = len(shared), torch.cat([model.embed(prefix), features]), before
+            owner.append(shared[key][0])
+            questions.append((model.embed(suffix), after))
+        _, beginnings, their_ids = zip(*shared.values())
         try:
+            context = begin(model.decoder, beginnings, their_ids, owner)
             tokens = greedy(
-                model.decoder, model.head, embeds, positions, embed=model.embed, max_new_tokens=model.max_new_tokens,
-                eos=model.eos,
+                model.decoder, model.head, *zip(*questions), embed=model.embed, max_new_tokens=model.max_new_tokens,
+                eos=model.eos, context=context,
             )
         except torch.OutOfMemoryError as error:
             raise RuntimeError(f"out of GPU memory with batch_size={batch_size}; give a smaller one") from error
-        raw[list(index)] = [model.text(answer) for answer in tokens]
-        bar.update(len(index))
-    bar.update(len(rows) - len(sequences))
+        raw[part] = [model.text(answer) for answer in tokens]
+        bar.update(len(part))
+    bar.update(len(rows) - len(todo))
     return raw
 
 
-def _prune(visual: VisualTokens, image_ids: Sequence[Any], cell: Cell) -> dict[Any, Selection]:
-    seeds = [image_seed(cell.seed, image_id) for image_id in image_ids]
-    return dict(zip(image_ids, PRUNERS[cell.pruner](visual, cell.keep, seeds=seeds)))
+def needs_text(model: Model, prune: Pruner, keep: float | None) -> bool:
+    """Whether a method selects anew for every expression: it is tried on a blank image, and what it asked for counts.
+
+    Raises what the method raises where it cannot run.
+    """
+    blank = model.encode([Image.new("RGB", (8, 8))]).take(torch.tensor([0]), **model.texts(["thing"]))
+    prune(blank, keep, seeds=[0])
+    return bool(blank.signals.asked & Signals.TEXT)
+
+
+def _select(
+    model: Model, visual: VisualTokens, image_ids: Sequence[Any], rows: pd.DataFrame, cell: Cell, by_text: bool,
+    batch_size: int,
+) -> dict[Any, Selection]:
+    """A Selection for each row, by its index, where there is an image: one an image, or one an expression of it."""
+    prune, place = find_pruner(cell.pruner), {image_id: i for i, image_id in enumerate(image_ids)}
+    rows = rows[rows["image_id"].isin(place)]
+    if not by_text:
+        made = prune(visual, cell.keep, seeds=[image_seed(cell.seed, image_id) for image_id in image_ids])
+        return {row: made[place[image_id]] for row, image_id in rows["image_id"].items()}
+    made = {}
+    for start in range(0, len(rows), batch_size):
+        part = rows.iloc[start : start + batch_size]
+        index = torch.tensor([place[image_id] for image_id in part["image_id"]], device=visual.features.device)
+        pairs = visual.take(index, **model.texts(list(part["expression"])))
+        seeds = [image_seed(cell.seed, image_id) for image_id in part["image_id"]]
+        made |= zip(part.index, prune(pairs, cell.keep, seeds=seeds))
+    return made
 
 
 def _pieces(
-    model: Model, dataset: RecDataset, rows: pd.DataFrame, missing: Sequence[Cell], batch_size: int, bar: tqdm
+    model: Model, dataset: RecDataset, rows: pd.DataFrame, missing: Sequence[Cell], by_text: dict[tuple, bool],
+    batch_size: int, bar: tqdm,
 ) -> Iterator[tuple[Cell, pd.DataFrame]]:
     """The finished rows of one chunk, cell by cell."""
     n = model.grid[0] * model.grid[1]
     images, errors = _readable(dataset, rows)
     visual = model.encode(list(images.values())) if images else None
-    prompts = {expression: model.prompt(expression) for expression in rows["expression"].unique()}
+    ask = model.ask if "answer" in rows else model.prompt
+    prompts = {expression: ask(expression) for expression in rows["expression"].unique()}
     made: dict[tuple, dict[Any, Selection]] = {}
     for cell in missing:
         key = (cell.pruner, cell.keep, cell.seed)
         if key not in made:
-            made[key] = _prune(visual, list(images), cell) if images else {}
-        placed = {i: _place(selection, n, cell, image_seed(cell.seed, i)) for i, selection in made[key].items()}
+            made[key] = _select(model, visual, list(images), rows, cell, by_text[key[:2]], batch_size) if images else {}
+        once = {id(selection): (selection, rows["image_id"][row]) for row, selection in made[key].items()}
+        done = {name: _place(selection, n, cell, image_seed(cell.seed, i)) for name, (selection, i) in once.items()}
+        placed = {row: done[id(selection)] for row, selection in made[key].items()}
         whose = dict(model=model.name, revision=model.revision, dataset=dataset.name, split=dataset.split)
         answered = dict(
             raw=_answers(model, placed, prompts, rows, batch_size, bar), dialect=model.dialect, frame=model.frame,
             **cell.columns(),
-            tokens=[float(len(placed[i][0])) if i in placed else float("nan") for i in rows["image_id"]],
+            tokens=[float(len(placed[row][0])) if row in placed else float("nan") for row in rows.index],
             tokens_full=n, error=[errors.get(i, "") for i in rows["image_id"]],
         )
-        table = pd.DataFrame(whose, index=rows.index).join(rows[EXPRESSION]).assign(**answered)
+        table = pd.DataFrame(whose, index=rows.index).join(rows[_columns(rows)]).assign(**answered)
         yield cell, table.astype({"keep": float}).reset_index(drop=True)
 
 
@@ -199,24 +242,24 @@ def evaluate(
     for name, size in (("batch_size", batch_size), ("chunk", chunk)):
         if size < 1:
             raise ValueError(f"{name} must be >= 1, got {size}")
-    blank = model.encode([Image.new("RGB", (8, 8))])
+    by_text = {}
     for pruner, keep in dict.fromkeys((c.pruner, c.keep) for c in grid):
         try:
-            PRUNERS[pruner](blank, keep, seeds=[0])
-        except (ValueError, AttributeError) as error:
+            by_text[pruner, keep] = needs_text(model, find_pruner(pruner), keep)
+        except (ValueError, AttributeError, OSError) as error:
             raise ValueError(f"pruner {pruner!r} cannot run on {model.name} with keep {keep}: {error}") from error
 
     settings = {
         "model": model.name, "revision": model.revision, "dtype": str(model.dtype), "device": _device(model),
         "prompt": model.prompt_text("{}"), "max_new_tokens": model.max_new_tokens,
         "dataset": dataset.name, "split": dataset.split, "batch_size": batch_size, "chunk": chunk,
-        "expressions": results.fingerprint(dataset.rows[EXPRESSION].to_json()), **results.environment(),
+        "expressions": results.fingerprint(dataset.rows[_columns(dataset.rows)].to_json()), **results.environment(),
     }
     key = results.fingerprint({k: v for k, v in settings.items() if k != "commit"})
     whole = settings | {"cells": [cell.columns() for cell in grid]}
     whole["fingerprint"] = results.fingerprint([key, whole["cells"]])
     if (rows := results.finished(out, whole["fingerprint"])) is None:
-        rows = _run(model, dataset, grid, out, key, whole, batch_size, chunk, progress)
+        rows = _run(model, dataset, grid, by_text, out, key, whole, batch_size, chunk, progress)
     results.remove_parts(out)
     unreadable = rows.loc[rows["error"] != "", "image_id"].nunique()
     print(f"{out.name}: {len(rows)} rows, {rows['image_id'].nunique()} images, {unreadable} of them unreadable")
@@ -224,8 +267,8 @@ def evaluate(
 
 
 def _run(
-    model: Model, dataset: RecDataset, grid: list[Cell], out: Path, key: str, provenance: dict,
-    batch_size: int, chunk: int, progress: bool,
+    model: Model, dataset: RecDataset, grid: list[Cell], by_text: dict[tuple, bool], out: Path, key: str,
+    provenance: dict, batch_size: int, chunk: int, progress: bool,
 ) -> pd.DataFrame:
     """Work off the pieces that have no part yet, then merge."""
     data = dataset.rows.reset_index(drop=True)
@@ -239,6 +282,6 @@ def _run(
         for number, rows in enumerate(chunks):
             missing = [cell for cell in grid if results.finished(part(number, cell), key) is None]
             bar.update(len(rows) * (len(grid) - len(missing)))
-            for cell, table in _pieces(model, dataset, rows, missing, batch_size, bar) if missing else ():
+            for cell, table in _pieces(model, dataset, rows, missing, by_text, batch_size, bar) if missing else ():
                 results.write_rows(part(number, cell), table, {"fingerprint": key})
     return results.merge(out, [part(i, cell) for cell in grid for i in range(len(chunks))], provenance)

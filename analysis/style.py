@@ -1,12 +1,14 @@
-"""The one module that writes figures: widths, fonts, colours, and byte-stable PDF and PNG."""
+"""The one module that writes figures and tables: widths, fonts, colours; byte-stable PDF, PNG, LaTeX, HTML and CSV."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
+from pandas.io.formats.style import Styler
 
 from . import ROOT
 
@@ -15,7 +17,10 @@ WIDTH = 7.0  # inches: the text width of most papers; one column is half of it
 COLOURS = {"full": "#4D4D4D", "compact": "#D55E00", "original": "#0072B2", "compressed": "#E69F00",
            "permuted": "#CC79A7", "both": "#D55E00"}
 LABELS = {"compact": "compact IDs (as pruners do)", "original": "original IDs (GAP)"}
-PRUNERS = {"random": "random", "spatial": "spatial grid", "cls_similarity": "[CLS] similarity"}
+PRUNERS = {"none": "none", "random": "random", "spatial": "spatial grid", "cls_similarity": "[CLS] similarity",
+           "text_similarity": "text similarity", "prumerge": "PruMerge", "prumerge+": "PruMerge+", "trim": "TRIM",
+           "trim:lowest=false": "TRIM, sign turned",
+           "fastervlm": "FasterVLM", "divprune": "DivPrune", "visionzip": "VisionZip"}
 
 
 def paper_style() -> None:
@@ -29,13 +34,19 @@ def paper_style() -> None:
     })
 
 
+def output_folder(smoke: bool) -> Path:
+    """figures/, or figures/smoke/ for a smoke run; made if it is not there."""
+    folder = ROOT / "figures" / ("smoke" if smoke else "")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def save(figure: Figure, name: str, smoke: bool = False) -> list[Path]:
     """Write figures/<name>.pdf and .png; the same figure gives the same bytes.
 
     A smoke run's output is stamped and goes to figures/smoke/: it can never take a paper figure's place.
     """
-    folder = ROOT / "figures" / ("smoke" if smoke else "")
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = output_folder(smoke)
     if smoke:
         figure.text(0.5, 0.5, "SMOKE TEST", fontsize=40, color="red", alpha=0.3, ha="center", va="center", rotation=20)
     paths = [folder / f"{name}.pdf", folder / f"{name}.png"]
@@ -49,3 +60,26 @@ def percent_axis(axis: plt.Axes, label: str) -> None:
     axis.set_ylabel(label)
     axis.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f}")
     axis.set_ylim(bottom=0)
+
+
+def save_table(name: str, shown: pd.DataFrame, tidy: pd.DataFrame, bold: pd.DataFrame | None = None,
+               smoke: bool = False) -> Styler:
+    """Write figures/<name>.tex (a tabular for \\input, needs booktabs and multirow), .html and .csv.
+
+    shown: text cells as they are to be read, missing ones empty; tidy: the numbers behind them, for the .csv; bold: which
+    cells of shown are best. What LaTeX and HTML take for code is escaped. Returns the table for a notebook to display.
+    """
+    shown = shown.fillna("")
+    bold = pd.DataFrame(False, shown.index, shown.columns) if bold is None else bold
+    caption = "SMOKE TEST" if smoke else None
+
+    def styled(escape: str) -> Styler:
+        table = shown.style.format(escape=escape).format_index(escape=escape, axis=0).format_index(escape=escape, axis=1)
+        return table.apply(lambda _: bold.map({True: "font-weight: bold", False: ""}.get), axis=None)
+
+    folder, html = output_folder(smoke), styled("html").set_uuid(name).set_caption(caption)
+    tex = styled("latex").set_caption(caption).to_latex(hrules=True, convert_css=True, multicol_align="c")
+    (folder / f"{name}.tex").write_text(tex)
+    (folder / f"{name}.html").write_text(html.to_html(doctype_html=True))
+    tidy.to_csv(folder / f"{name}.csv", index=False, float_format="%.6g")
+    return html

@@ -7,7 +7,7 @@ A `Cell` names one point of the experimental grid; its fields are columns of eve
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,11 +17,19 @@ class Signals:
     """What pruners may ask for, computed on first use and kept.
 
     Built from thunks: `Signals(cls_attention=lambda: ...)`; then `signals.cls_attention` runs the thunk once.
-    Names used by the models here (B images, N visual tokens in raster order, C encoder width, P CLIP space):
-      patches        [B, N, C]  encoder features of the layer the connector reads, before the connector
-      cls            [B, C]     the same layer's [CLS] state
-      cls_attention  [B, N]     attention of [CLS] to each patch in that layer, mean over heads
+    Names used by the models here (B images, N visual tokens in raster order, C encoder width, P width of CLIP's space):
+      patches        [B, N, C]      encoder features of the layer the connector reads, before the connector
+      cls            [B, C]         the same layer's [CLS] state
+      cls_attention  [B, N]         attention of [CLS] to each patch in the block that made that layer, mean over heads
+      keys           [B, 1 + N, C]  keys of the tower's last block, heads side by side, [CLS] first
+      cls_query      [B, C]         the same block's query of [CLS]
+      clip_patches   [B, N, P]      patches of the last layer in the space CLIP shares with text, not normalised
+      clip_text      [B, P]         CLIP's embedding of the expression, not normalised
+      clip_prompt    [B, P]         the same of the whole question, cut to CLIP's text length
+    A pruner that asks for one of `TEXT` selects anew for every expression, any other once for an image.
     """
+
+    TEXT = frozenset({"clip_text", "clip_prompt"})
 
     def __init__(self, **thunks: Callable[[], Tensor]):
         self._thunks = thunks
@@ -36,17 +44,32 @@ class Signals:
             self._values[name] = self._thunks[name]()
         return self._values[name]
 
+    @property
+    def asked(self) -> frozenset[str]:
+        """Names of the signals that have been computed."""
+        return frozenset(self._values)
+
+    def take(self, index: Tensor, **more: Callable[[], Tensor]) -> Signals:
+        """The signals of images `index` [M], which may repeat, and `more` thunks; still computed on first use."""
+        return Signals(**{name: lambda name=name: getattr(self, name)[index] for name in self._thunks}, **more)
+
 
 @dataclass(frozen=True)
 class VisualTokens:
     """One batch of images, encoded once.
 
-    features: [B, N, D] projected tokens in raster order; grid: (rows, columns) with rows * columns == N.
+    features: [B, N, D] projected tokens in raster order; grid: (rows, columns) with rows * columns == N; connect: the
+    model's connector, [..., C] -> [..., D], for methods that merge `signals.patches` before it.
     """
 
     features: Tensor
     grid: tuple[int, int]
     signals: Signals
+    connect: Callable[[Tensor], Tensor] | None = None
+
+    def take(self, index: Tensor, **more: Callable[[], Tensor]) -> VisualTokens:
+        """Images `index` [M], which may repeat, with `more` signals such as the text of each."""
+        return replace(self, features=self.features[index], signals=self.signals.take(index, **more))
 
 
 @dataclass(frozen=True)
@@ -77,7 +100,8 @@ def kept(features: Tensor, index: Tensor) -> list[Selection]:
 class Cell:
     """One point of the grid.
 
-    pruner: a name in `pruning.PRUNERS`; keep: share of visual tokens kept, None where the method decides itself;
+    pruner: a specification for `pruning.pruner`, such as "trim" or "trim:anchor=last"; keep: share of the visual tokens
+    that the decoder still reads, None where the method decides itself;
     order, ids: specifications for `positions` such as "method", "shuffled:0.5", "original", "compressed:0.75";
     seed: of everything random in this cell.
     """

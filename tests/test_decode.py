@@ -7,7 +7,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from analysis.decode import causal_mask, greedy, hidden_states, prefill
+from analysis.decode import begin, causal_mask, greedy, hidden_states, prefill
 from analysis.positions import assign, layout
 
 VOCABULARY, WIDTH, NEW, NEVER = 50, 32, 12, -2
@@ -83,6 +83,29 @@ def test_greedy_equals_the_naive_loop(scheme, padding, attention):
     embeds, ids = batch(scheme)
     assert decode(embeds, ids, padding, attention=attention) == expected(scheme)
     assert [decode([e], [i], padding, attention=attention)[0] for e, i in zip(embeds, ids)] == expected(scheme)
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_sequences_that_share_their_beginning(scheme, padding):
+    """Each beginning is run once, whatever its length; two questions after each, of one and of three tokens."""
+    embeds, ids = batch(scheme)
+    model, draw = llama("sdpa"), torch.Generator().manual_seed(2)
+    ends = [torch.randn(length, WIDTH, generator=draw) for length in (3, 1, 3, 1, 1, 3)]
+    owner = [0, 0, 2, 1, 2, 1]
+    end_ids = [ids[i][-1] + 1 + torch.arange(len(e)) for i, e in zip(owner, ends)]
+    sizes, embed = [], model.model.embed_tokens
+    hook = model.model.register_forward_pre_hook(
+        lambda module, args, inputs: sizes.append(len(inputs["inputs_embeds"])), with_kwargs=True
+    )
+    context = begin(model.model, embeds, ids, owner)
+    answers = greedy(model.model, model.lm_head, ends, end_ids, embed=embed, max_new_tokens=4, eos=NEVER,
+                     context=context, padding=padding)
+    hook.remove()
+    assert sizes == [3, 6, 6, 6, 6]
+    assert answers == [naive(torch.cat([embeds[i], e]), torch.cat([ids[i], j]), new=4)
+                       for i, e, j in zip(owner, ends, end_ids)]
+    assert len({str(answer) for answer in answers}) == 6
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -24,27 +24,62 @@ def model(tiny_folder):
     return name if (models.MODELS[name] / "model.safetensors").is_file() else str(tiny_folder)
 
 
-@pytest.mark.parametrize("key, figure", [("fig1", "fig1_collapse"), ("fig2", "fig2_misalignment")])
-def test_a_figure_from_its_parameters_to_its_files(key, figure, model, tmp_path):
-    given = yaml.safe_load((ROOT / f"papermill_runs/10_rec_eval/{key}.yaml").read_text())
-    rows = tmp_path / "rows.parquet"
-    produced = given | {"model": model, "out": str(rows), "smoke": True}
-    run(ROOT / PRODUCER, tmp_path / "produced.ipynb", produced)
-    assert read_rows(rows)["image_id"].nunique() == 2
-    files = [ROOT / f"figures/smoke/{figure}.{extension}" for extension in ("pdf", "png")]
+@pytest.fixture(scope="module")
+def produced(model, tmp_path_factory):
+    """Rows of a parameter file (a smoke run), made once: produced("fig1") -> path."""
+    folder, made = tmp_path_factory.mktemp("rows"), {}
+
+    def rows(key, **more):
+        name = "_".join([key, *map(str, more.values())])
+        if name not in made:
+            given = yaml.safe_load((ROOT / f"papermill_runs/10_rec_eval/{key}.yaml").read_text())
+            made[name] = folder / f"{name}.parquet"
+            run(ROOT / PRODUCER, folder / f"{name}.ipynb",
+                given | more | {"model": model, "out": str(made[name]), "smoke": True})
+            assert read_rows(made[name])["image_id"].nunique() == 2
+        return str(made[name])
+
+    return rows
+
+
+def draw(notebook, kinds, parameters, folder):
+    """Run a consumer; its stamped files must be made anew."""
+    files = [ROOT / f"figures/smoke/{notebook}.{kind}" for kind in kinds]
     for file in files:
         file.unlink(missing_ok=True)
-    run(ROOT / f"notebooks/{figure}.ipynb", tmp_path / "drawn.ipynb", {"rows": str(rows), "smoke": True})
-    assert all(file.stat().st_size > 1000 for file in files)
+    run(ROOT / f"notebooks/{notebook}.ipynb", folder / "drawn.ipynb", parameters | {"smoke": True})
+    assert all(file.stat().st_size > 100 for file in files)
+    if "tex" in kinds:
+        assert "SMOKE TEST" in files[kinds.index("tex")].read_text()
+
+
+FIGURE, TABLE = ("pdf", "png"), ("tex", "html", "csv")
+
+
+@pytest.mark.parametrize("notebook, key, kinds", [
+    ("fig1_collapse", "fig1", FIGURE), ("fig2_misalignment", "fig2", FIGURE), ("fig3_keep_ratio", "fig3", FIGURE),
+    ("fig4_order_and_value", "fig4", FIGURE), ("tabB_order_ids", "tabB", TABLE), ("tabA_frames", "fig1", TABLE),
+])
+def test_a_notebook_from_its_parameters_to_its_files(notebook, key, kinds, produced, tmp_path):
+    draw(notebook, kinds, {"rows": produced(key)}, tmp_path)
+
+
+def test_what_is_made_of_the_rows_of_table_1(produced, tmp_path):
+    val = produced("tab1", dataset="refstamps", split="val")
+    draw("tab1_methods", TABLE, {"rows": [val, produced("tab1", dataset="refstampsg", split="test")]}, tmp_path)
+    draw("tab2_control", TABLE, {"rec": val, "words": produced("tab2")}, tmp_path)
+    draw("fig5_qualitative", FIGURE, {"rows": val}, tmp_path)
+
+
+def test_cost(model, tmp_path):
+    rows = str(tmp_path / "cost.parquet")
+    run(ROOT / "notebooks/11_cost.ipynb", tmp_path / "made.ipynb", {"model": model, "out": rows, "smoke": True})
+    draw("tab3_cost", TABLE, {"rows": rows}, tmp_path)
 
 
 @pytest.mark.parametrize("figure", ["figA_refstamps", "figB_testbed"])
 def test_a_figure_that_needs_no_rows(figure, tmp_path):
-    files = [ROOT / f"figures/smoke/{figure}.{extension}" for extension in ("pdf", "png")]
-    for file in files:
-        file.unlink(missing_ok=True)
-    run(ROOT / f"notebooks/{figure}.ipynb", tmp_path / "drawn.ipynb", {"smoke": True})
-    assert all(file.stat().st_size > 1000 for file in files)
+    draw(figure, FIGURE, {}, tmp_path)
 
 
 def test_bare_papermill_fails_on_a_misspelt_parameter(tmp_path):

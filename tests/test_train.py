@@ -11,14 +11,14 @@ from analysis.testbed import train
 from analysis.testbed.grammar import questions
 from analysis.testbed.scenes import scene
 from analysis.testbed.tokenizer import build
-from analysis.testbed.tower import build_clip, clip_config
+from analysis.testbed.tower import StemClip, clip_config
 
 
 @pytest.fixture(scope="module")
 def llava():
     torch.manual_seed(0)
     tokenizer = build()
-    return tokenizer, train.build_llava(tokenizer, build_clip(clip_config(len(tokenizer)))).eval()
+    return tokenizer, train.build_llava(tokenizer, StemClip(clip_config(len(tokenizer)))).eval()
 
 
 @torch.no_grad()

@@ -7,8 +7,10 @@ upstream's "vicuna_v1" with the image first; a box is answered as fractions of t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,6 +21,7 @@ from transformers import AutoTokenizer, LlavaForConditionalGeneration, PreTraine
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from analysis.models import clip
 from analysis.testbed.tower import install_stem
 from analysis.types import Signals, VisualTokens
 
@@ -51,7 +54,8 @@ class Model:
 
     name, revision: which weights; grid: rows, columns of visual tokens; decoder, head, embed: as `decode.greedy` takes
     them; eos: token ID that ends an answer; mean, std: [3] of the tower's input; layer: hidden layer the connector
-    reads; dialect, frame: names in `rec.boxes`; max_new_tokens: a box takes about two dozen tokens.
+    reads; clip: loads the CLIP whose words the tower's patches compare with; dialect, frame: names in `rec.boxes`;
+    max_new_tokens: a box takes about two dozen tokens.
     """
 
     name: str
@@ -66,6 +70,7 @@ class Model:
     image_token: int
     eos: int
     layer: int
+    clip: Callable[[], clip.Clip]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     dialect: str = "llava"
@@ -90,18 +95,28 @@ class Model:
 
     @torch.inference_mode()
     def encode(self, images: Sequence[Image.Image]) -> VisualTokens:
-        """Encode B >= 1 images once. Signals offered: patches, cls, cls_attention (see `types.Signals`)."""
+        """Encode B >= 1 images once, with the signals of `types.Signals` that need no text."""
         hidden = self.tower(self.pixels(images), output_hidden_states=True).hidden_states
-        read, before = hidden[self.layer], hidden[self.layer - 1]
-        block = self.tower.encoder.layers[self.layer - 1]  # its output is `read`
+        read, before, second_last, last = hidden[self.layer], hidden[self.layer - 1], hidden[-2], hidden[-1]
+        block, final = self.tower.encoder.layers[self.layer - 1], self.tower.encoder.layers[-1]  # `block` makes `read`
 
         @torch.inference_mode()
         def cls_attention() -> Tensor:
             weights = block.self_attn(block.layer_norm1(before))[1]  # [B, heads, 1 + N, 1 + N]
             return weights[:, :, 0, 1:].mean(dim=1)
 
-        signals = Signals(patches=lambda: read[:, 1:], cls=lambda: read[:, 0], cls_attention=cls_attention)
-        return VisualTokens(self.connector(read[:, 1:]), self.grid, signals)
+        signals = Signals(
+            patches=lambda: read[:, 1:], cls=lambda: read[:, 0], cls_attention=cls_attention,
+            keys=lambda: final.self_attn.k_proj(final.layer_norm1(second_last)),
+            cls_query=lambda: final.self_attn.q_proj(final.layer_norm1(second_last[:, 0])),
+            clip_patches=lambda: self.clip().patches(self.tower, last),
+        )
+        return VisualTokens(self.connector(read[:, 1:]), self.grid, signals, self.connector)
+
+    def texts(self, expressions: Sequence[str]) -> dict[str, Callable[[], Tensor]]:
+        """The signals of `types.Signals` that need text, as thunks, for one expression an image."""
+        questions = [REC_QUESTION.format(expression) for expression in expressions]
+        return {"clip_text": lambda: self.clip().text(expressions), "clip_prompt": lambda: self.clip().text(questions)}
 
     def ask(self, question: str) -> tuple[Tensor, Tensor]:
         """Token IDs [P], [S] before and after the image of any question. ValueError if it holds "<image>" itself."""
@@ -174,10 +189,14 @@ def load(source: str, config, name: str, revision: str, device: str, dtype: torc
     if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
         raise ValueError(f"{name}: tokenizer_config.json must name bos_token, which begins prompts, and eos_token")
     mean, std = _normalisation(source)
+    words = getattr(config, "clip", clip.DEFAULT)  # the name of a folder beside the model's, or a Hugging Face name
+    if (beside := Path(source).parent / words).is_dir():
+        words = beside
     side = vision.image_size // vision.patch_size
     return Model(
         name=name, revision=revision, grid=(side, side), tower=whole.model.vision_tower,
         connector=whole.model.multi_modal_projector, decoder=whole.model.language_model, head=whole.lm_head,
         embed=whole.get_input_embeddings(), tokenizer=tokenizer, image_token=config.image_token_id,
         eos=tokenizer.eos_token_id, layer=layer, mean=mean, std=std,
+        clip=cache(lambda: clip.load(words, whole.device, whole.dtype, vision.hidden_size)),
     )

@@ -58,6 +58,16 @@ def _parse(rows: pd.DataFrame) -> np.ndarray:
     return fractions
 
 
+def score_words(rows: pd.DataFrame) -> pd.DataFrame:
+    """A copy of rows whose answer is a word, with correct (the same word, case aside), invalid (no answer), iou NaN.
+
+    Columns read: raw, answer. Raises ValueError where one is missing.
+    """
+    _require(rows, ["raw", "answer"])
+    said = rows["raw"].str.strip().str.lower()
+    return rows.assign(iou=np.nan, correct=said == rows["answer"].str.lower(), invalid=said == "")
+
+
 def score(rows: pd.DataFrame, frame: str | None = None, convention: str = "ge") -> pd.DataFrame:
     """A copy of rows with px1, py1, px2, py2 (predicted pixels, NaN if invalid), iou, correct and invalid.
 
@@ -78,6 +88,24 @@ def score(rows: pd.DataFrame, frame: str | None = None, convention: str = "ge") 
     overlap, correct = hit(pixels, rows[TRUTH].to_numpy(np.float64), convention)
     scores = {"iou": overlap, "correct": correct, "invalid": np.isnan(pixels[:, 0])}
     return rows.assign(**dict(zip(PREDICTION, pixels.T)), **scores)
+
+
+def one_setting(scored: pd.DataFrame) -> str:
+    """"tiny-llava on refstamps val: 1545 expressions, 200 images", for a figure's foot.
+
+    Raises ValueError unless the rows are of one model on one split.
+    """
+    which = scored[["model", "dataset", "split"]].drop_duplicates()
+    if len(which) != 1:
+        raise ValueError(f"one model on one split is to be shown, but the rows hold {which.to_dict('records')}")
+    model, dataset, split = which.iloc[0]
+    n = len(scored[["image_id", "ref_id", "sent_id"]].drop_duplicates())
+    return f"{model} on {dataset} {split}: {n} expressions, {scored['image_id'].nunique()} images"
+
+
+def percent(table: pd.DataFrame, columns: Sequence[str] = ("accuracy", "low", "high")) -> pd.DataFrame:
+    """The table with these shares in per cent, as figures show them."""
+    return table.assign(**{c: 100 * table[c] for c in columns})
 
 
 def summarise(scored: pd.DataFrame, by: Sequence[str], clusters: str = "image_id", seed: int = 0) -> pd.DataFrame:
@@ -104,3 +132,16 @@ def summarise(scored: pd.DataFrame, by: Sequence[str], clusters: str = "image_id
             "token_share": (group["tokens"] / group["tokens_full"]).mean(),
         })
     return pd.DataFrame(summaries)
+
+
+def perfect_answers(rows: pd.DataFrame, frame: str = "padded", dialect: str = "llava") -> pd.DataFrame:
+    """A copy of rows answered by a model that is always right: raw is the ground truth as it would write it.
+
+    frame, dialect: names in `FRAMES` and `DIALECTS`, put in the columns of the same name. tokens is 0 and tokens_full
+    1, so that `summarise` takes the rows. Scored in another frame, they measure what reading the wrong frame costs.
+    Raises ValueError for missing columns, unknown names and impossible ground truth.
+    """
+    check_boxes(rows)
+    encode, write = pick(FRAMES, frame, "frame").encode, pick(DIALECTS, dialect, "dialect").format
+    boxes = encode(rows[TRUTH].to_numpy(np.float64), rows[SIZE].to_numpy(np.float64))
+    return rows.assign(raw=list(map(write, boxes)), dialect=dialect, frame=frame, tokens=0, tokens_full=1)

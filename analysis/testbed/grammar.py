@@ -258,6 +258,19 @@ def questions(scene: Scene, rng: np.random.Generator, count: int) -> list[tuple[
     return asked
 
 
+def control_questions(scene: Scene) -> list[tuple[str, str, str]]:
+    """(task, question, answer) of an evaluation scene that need no box: one colour, one count, a yes and a no."""
+    rng = rng_for(scene.split, scene.index, stream=9)
+    asked = [("colour", *pair)] if (pair := colour_question(scene, rng)) else []
+    asked.append(("count", *count_question(scene, rng)))
+    for wanted in ("yes", "no"):
+        pair = presence_question(scene, rng)
+        while pair[1] != wanted:
+            pair = presence_question(scene, rng)
+        asked.append(("presence", *pair))
+    return asked
+
+
 def vocabulary() -> list[str]:
     """Every word of the grammar that follows a space, for the tokenizer."""
     words = [*nouns(), *map(plural, nouns()), *colours(), *NUMBERS, *SIDES, "largest", "smallest", "thing", "yes", "no"]

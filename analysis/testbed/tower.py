@@ -56,10 +56,12 @@ def clip_config(vocab: int, width: int = 128) -> CLIPConfig:
     return CLIPConfig(text_config=text, vision_config=vision, projection_dim=width)
 
 
-def build_clip(config: CLIPConfig) -> CLIPModel:
-    model = CLIPModel(config)
-    install_stem(model.vision_model.embeddings, config.vision_config)
-    return model
+class StemClip(CLIPModel):
+    """CLIP with the convolutional stem as patch embedding; `vision_config.stem` holds its channels."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        install_stem(self.vision_model.embeddings, config.vision_config)
 
 
 def project_patches(clip: CLIPModel, hidden: Tensor) -> Tensor:

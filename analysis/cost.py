@@ -1,0 +1,135 @@
+"""What pruning saves and what GAP costs: FLOPs, time, cache and memory of the prefill, cell against cell in one run.
+
+FLOPs are counted by `torch.utils.flop_counter`: two for each multiply-add of a matrix product, attention included,
+element-wise work left out. Times on a shared machine drift, so the cells take turns and are compared within a turn.
+"""
+
+from __future__ import annotations
+
+import operator
+import time
+from collections.abc import Callable, Sequence
+from statistics import median
+
+import pandas as pd
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm.auto import tqdm
+from transformers import Cache, LlamaConfig, LlamaModel
+
+from analysis.decode import causal_mask, prefill
+from analysis.evaluate import image_seed
+from analysis.models import Model
+from analysis.positions import assign, layout, reorder
+from analysis.pruning import budget, pruner
+from analysis.rec.datasets import RecDataset
+from analysis.registry import matching, pick
+from analysis.types import Cell, Selection, VisualTokens
+
+TEXT = 73  # tokens of a REC prompt to LLaVA-1.5: 35 before the image, some 38 (taken as typical) after it
+# decoders of published models, for FLOPs that need no weights: visual tokens, blocks, LlamaConfig's sizes
+DECODERS = {
+    "LLaVA-1.5-7B": (576, 32, dict(hidden_size=4096, intermediate_size=11008, num_attention_heads=32)),
+    "LLaVA-1.5-13B": (576, 40, dict(hidden_size=5120, intermediate_size=13824, num_attention_heads=40)),
+}
+
+
+def flops(run: Callable[[], object]) -> int:
+    """FLOPs of one call."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def cache_bytes(cache: Cache) -> int:
+    """Bytes of the keys and values that a cache holds."""
+    return sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
+
+
+def decoder_flops(name: str, keep: float) -> int:
+    """Prefill FLOPs of a published model's decoder (without head) on one prompt, from its configuration alone."""
+    visual, blocks, sizes = pick(DECODERS, name, "decoder")
+    with torch.device("meta"):
+        block = LlamaModel(LlamaConfig(vocab_size=32, num_hidden_layers=1, attn_implementation="eager", **sizes))
+        length = TEXT + budget(keep, visual)
+        embeds = torch.empty(1, length, sizes["hidden_size"])
+        mask = causal_mask(torch.ones(1, length, dtype=torch.bool), embeds.dtype)
+        ids = torch.arange(length)[None]
+        return blocks * flops(lambda: block(inputs_embeds=embeds, position_ids=ids, attention_mask=mask, use_cache=False))
+
+
+def _sequences(
+    model: Model, selections: Sequence[Selection], prompts: Sequence[tuple[Tensor, Tensor]], cell: Cell
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Embeddings and position IDs of whole prompts under a cell."""
+    embeds, positions = [], []
+    for selection, (prefix, suffix) in zip(selections, prompts):
+        selection = reorder(selection, cell.order, cell.seed)
+        ids = assign(selection.origin, model.grid[0] * model.grid[1], cell.ids, cell.seed)
+        embeds.append(torch.cat([model.embed(prefix), selection.features, model.embed(suffix)]))
+        positions.append(layout(len(prefix), ids.visual, ids.text, len(suffix)))
+    return embeds, positions
+
+
+@torch.inference_mode()
+def measure(
+    model: Model, dataset: RecDataset, grid: Sequence[Cell], batch: int = 8, turns: int = 20, progress: bool = True
+) -> pd.DataFrame:
+    """One row per turn and cell, for `batch` images with their first expression.
+
+    Columns: the cell's; turn; tokens (mean visual tokens read); flops, cache_bytes (per prompt); encode_s (tower and
+    connector, the same for all), select_s (selection, order, IDs and embeddings), prefill_s (decoder), all per batch;
+    peak_bytes of the prefill beyond the weights (GPU only, else NaN). The first turn warms up and is left out.
+    Raises ValueError for fewer than two images or turns.
+    """
+    first = dataset.rows.drop_duplicates("image_id").head(batch)
+    if len(first) < 2 or turns < 2:
+        raise ValueError(f"at least two images and two turns are needed, got {len(first)} and {turns}")
+    images = [dataset.image(i) for i in first["image_id"]]
+    expressions, seeds = list(first["expression"]), [image_seed(0, i) for i in first["image_id"]]
+    prompts = [model.prompt(expression) for expression in expressions]
+    index, cuda = torch.arange(len(first), device=model.device), model.device.type == "cuda"
+
+    def clock() -> float:
+        if cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def encode() -> VisualTokens:
+        return model.encode(images).take(index, **model.texts(expressions))
+
+    counted, rows = {}, []
+    for turn in tqdm(range(turns + 1), desc="turns", disable=not progress):
+        start = clock()
+        encode()
+        encode_s = clock() - start
+        for cell in grid:
+            visual = encode()  # anew, so that each method pays for its own signals
+            start = clock()
+            embeds, positions = _sequences(model, pruner(cell.pruner)(visual, cell.keep, seeds=seeds), prompts, cell)
+            chosen = clock()
+            if cuda:
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+            _, cache, _ = prefill(model.decoder, model.head, embeds, positions)
+            done = clock()
+            peak = torch.cuda.max_memory_allocated() - before if cuda else float("nan")
+            if cell not in counted:
+                counted[cell] = flops(lambda: prefill(model.decoder, model.head, embeds, positions)) / len(first)
+            text = sum(len(prefix) + len(suffix) for prefix, suffix in prompts)
+            rows.append(cell.columns() | dict(
+                model=model.name, revision=model.revision, device=str(model.device), images=len(first), turn=turn,
+                tokens=(sum(map(len, embeds)) - text) / len(first), tokens_full=model.grid[0] * model.grid[1],
+                flops=counted[cell], cache_bytes=cache_bytes(cache) / len(first), encode_s=encode_s,
+                select_s=chosen - start, prefill_s=done - chosen, peak_bytes=peak))
+    return pd.DataFrame(rows).query("turn > 0").astype({"keep": float}).reset_index(drop=True)
+
+
+def ratio(rows: pd.DataFrame, cell: Cell, other: Cell, column: str) -> dict[str, float]:
+    """column of one cell over that of another, turn by turn: median, low and high quartile, n turns."""
+    sides = (matching(rows, one.columns()).set_index("turn")[column] for one in (cell, other))
+    values = operator.truediv(*sides).dropna()
+    if values.empty:  # not measured on this machine
+        return dict(ratio=float("nan"), low=float("nan"), high=float("nan"), n=0)
+    return dict(ratio=median(values), low=values.quantile(0.25), high=values.quantile(0.75), n=len(values))

@@ -1,0 +1,42 @@
+"""TRIM: keep patches by their dot product with the text, and the mean of all others.
+
+Source: arXiv:2409.10994, github.com/FreedomIntelligence/TRIM.
+Score: softmax over patches of minus the dot product of signals.clip_patches and the text, neither normalised. The
+  patches *least* like the text win: that minus sign is upstream's, made for a CLIP whose patches have not been aligned
+  with words. Option lowest: true (default), or false for the patches most like the text. Upstream projects the layer that the connector
+  reads into CLIP's space, signals.clip_patches the tower's last.
+  Option about: "prompt" (default, the whole question as upstream) or "expression".
+Selection: the k - 1 highest scores and one leftover token, the mean patch of the pruned, before the connector;
+  k = 1 has no room for it. keep None: scores above Q3 + 1.5 (Q3 - Q1) of the image, or the best if there is none
+  (upstream takes quartiles over the whole batch and may keep none). Ties go to the lower raster index.
+  Option anchor, the raster index that the leftover token carries: "centroid" of the pruned (default), "last", or
+  "drop" for no such token.
+Order emitted: raster, the leftover token last.
+Upstream IDs: compact (shifted).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from analysis.pruning._select import emit, existing, flag, leftover, ranking, text
+from analysis.types import Selection, VisualTokens
+
+
+def prune(
+    visual: VisualTokens, keep: float | None, *, seeds: Sequence[int] = (), about: str = "prompt",
+    anchor: str = "centroid", lowest: bool = True,
+) -> list[Selection]:
+    """The tokens least (or most) similar to the text, then the mean of the others. Raises ValueError on a bad keep or option."""
+    words = text(visual.signals, about)[..., None]
+    similarity = (visual.signals.clip_patches.float() @ words)[..., 0]
+    scores = (-similarity if flag(lowest, "lowest") else similarity).softmax(dim=1)
+    count, spare = existing(scores, keep, anchor)
+    n = scores.shape[1]
+    pruned = ranking(scores).argsort(dim=1) >= count[:, None]
+    order = pruned.int().argsort(dim=1, stable=True)
+    weights = (1 / (n - count).clamp(min=1))[:, None].expand(-1, n)
+    tokens = visual.features.take_along_dim(order[..., None], dim=1)
+    return emit(tokens, order, count, leftover(visual, order, count, weights, anchor) if spare else None)

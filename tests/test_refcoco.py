@@ -1,0 +1,493 @@
+"""RefCOCO's readers: the same three objects in every form give the same rows; whatever is broken or hostile is refused.
+
+The real annotations are checked where the environment variable REFCOCO_ANNOTATIONS names a folder with
+<dataset>_<split>.json files.
+"""
+
+import copyreg
+import io
+import json
+import os
+import pickle
+from pathlib import Path
+
+import huggingface_hub
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from analysis.evaluate import EXPRESSION
+from analysis.rec import datasets, refcoco
+from analysis.rec.refcoco import COLUMNS, COUNTS, FORMS, SIZE, TRUTH, check_counts, coco_name, read, unc_val
+from analysis.rec.scoring import perfect_answers, score, summarise
+
+WIDE, TALL = "COCO_train2014_000000000009.jpg", "COCO_train2014_000000000025.jpg"
+SIZES = {WIDE: (80, 60), TALL: (60, 90)}
+OBJECTS = [  # ID, image, box as x, y, width, height, what is said
+    (7, WIDE, [10.25, 0.0, 20.1, 30.33], ["red cat", "cat on the café's left"]),
+    (8, WIDE, [40.5, 5.07, 39.5, 54.93], ["dog"]),
+    (9, TALL, [0.0, 45.11, 60.0, 44.89], ["the cup", "a cup"]),
+]
+
+
+def corners(box):
+    return [box[0], box[1], round(box[0] + box[2], 2), round(box[1] + box[3], 2)]
+
+
+EXPECTED = pd.DataFrame([
+    dict(image_id=Path(image).stem, object=ref, sent_id=i, expression=text, width=SIZES[image][0],
+         height=SIZES[image][1], **dict(zip(TRUTH, corners(box))), file_name=image)
+    for ref, image, box, said in OBJECTS for i, text in enumerate(said)])
+
+
+def jpeg(name):
+    stream = io.BytesIO()
+    Image.new("RGB", SIZES[name], (200, 30, 30) if name == WIDE else (30, 30, 200)).save(stream, "JPEG")
+    return stream.getvalue()
+
+
+def photos(folder):
+    folder.mkdir(exist_ok=True)
+    for name in SIZES:
+        (folder / name).write_bytes(jpeg(name))
+    return folder
+
+
+# Writers of every form.
+
+
+def python2(value, protocol):
+    """The opcodes Python 2 wrote: byte strings in latin1, no Unicode, no memo."""
+    if isinstance(value, dict):
+        items = [python2(k, protocol) + python2(v, protocol) for k, v in value.items()]
+        return b"}(" + b"".join(items) + b"u" if protocol else b"(d" + b"".join(item + b"s" for item in items)
+    if isinstance(value, list):
+        items = [python2(v, protocol) for v in value]
+        return b"](" + b"".join(items) + b"e" if protocol else b"(l" + b"".join(item + b"a" for item in items)
+    if isinstance(value, str):
+        raw = value.encode("latin1")
+        return b"U" + bytes([len(raw)]) + raw if protocol else b"S" + repr(raw)[1:].encode() + b"\n"
+    return b"J" + value.to_bytes(4, "little") if protocol else b"I%d\n" % value
+
+
+def instances(folder):
+    content = {
+        "images": [{"id": i, "file_name": n, "width": w, "height": h} for i, (n, (w, h)) in enumerate(SIZES.items())],
+        "annotations": [{"id": 100 + ref, "bbox": box, "segmentation": []} for ref, _, box, _ in OBJECTS]}
+    (folder / "instances.json").write_text(json.dumps(content))
+    return folder / "instances.json"
+
+
+def refs(split="val"):
+    return [{"ref_id": ref, "ann_id": 100 + ref, "image_id": list(SIZES).index(image), "split": split,
+             "file_name": image.replace(".jpg", f"_{ref}.jpg"), "category_id": 1, "sent_ids": [1],
+             "sentences": [{"sent": text, "raw": text.upper(), "tokens": text.split()} for text in said]}
+            for ref, image, _, said in OBJECTS]
+
+
+def refer(folder, protocol=2):
+    instances(folder)
+    stop = b"\x80\x02" if protocol else b""
+    other = [dict(refs("train")[0], ref_id=99)]
+    (folder / "refs(unc).p").write_bytes(stop + python2(refs() + other, protocol) + b".")
+    return dict(path=folder, split="val")
+
+
+def lmms(folder, name="val-00000-of-00001.parquet", objects=OBJECTS, images=True):
+    table = pa.table({
+        "question_id": [str(100 + o[0]) for o in objects], "question": ["Describe it."] * len(objects),
+        "answer": [o[3] for o in objects], "bbox": pa.array([o[2] for o in objects], pa.list_(pa.float32())),
+        "file_name": [o[1].replace(".jpg", f"_{o[0]}.jpg") for o in objects],
+        "image": [{"bytes": jpeg(o[1]) if images else None, "path": o[1]} for o in objects]})
+    pq.write_table(table, folder / name, row_group_size=2)
+    return dict(path=folder / name)
+
+
+def jxu124(folder, name="validation-00000-of-00001.parquet", order="xyxy", raw=True):
+    rows = [{k: ref[k] for k in ("ref_id", "split", "sentences", "image_id")} | {
+        "image_path": f"coco/train2014/{image}", "bbox": corners(box) if order == "xyxy" else box,
+        "raw_anns": json.dumps({"bbox": box} if raw else {}),
+        "raw_image_info": json.dumps(dict(zip(SIZE, SIZES[image])))}
+        for ref, (_, image, box, _) in zip(refs(), OBJECTS)]
+    pq.write_table(pa.Table.from_pylist(rows), folder / name)
+    return dict(path=folder / name)
+
+
+def records(names, said, place, order, size=True):
+    return [{names: place.format(image, stem=Path(image).stem, ref=ref), said: text,
+             "bbox": corners(box) if order == "xyxy" else box} | (dict(zip(SIZE, SIZES[image])) if size else {})
+            for ref, image, box, texts in OBJECTS for text in texts]
+
+
+def lines(folder, content):
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, content)) + "\n")
+    return folder / "rows.jsonl"
+
+
+def qwen(folder):
+    return dict(path=lines(folder, records("image", "sent", "data/coco2014/{}", "xyxy")))
+
+
+def shikra(folder, size=True):
+    return dict(path=lines(folder, records("img_path", "expression", "{}", "xyxy", size)))
+
+
+def minigpt(folder, name="refcoco_val.json"):
+    content = records("img_id", "sents", "{stem}_{ref}", "xywh")
+    (folder / name).write_text(json.dumps(content, indent=1))
+    return dict(path=folder / name)
+
+
+WRITERS = {
+    "refer, protocol 2": refer,
+    "refer, protocol 0": lambda folder: refer(folder, 0),
+    "lmms-lab": lmms,
+    "jxu124": jxu124,
+    "jxu124 in xywh": lambda folder: jxu124(folder, order="xywh"),
+    "jxu124 without raw_anns": lambda folder: jxu124(folder, raw=False),
+    "Qwen-VL": qwen,
+    "Shikra": shikra,
+    "Shikra, sizes from images": lambda folder: shikra(folder, False) | dict(images=photos(folder / "images")),
+    "Shikra, sizes from instances": lambda folder: shikra(folder, False) | dict(instances=instances(folder)),
+    "MiniGPT-v2": minigpt,
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_form_gives_the_same_rows(name, tmp_path, recwarn):
+    rows = read(**WRITERS[name](tmp_path))
+    assert list(rows) == COLUMNS and set(EXPRESSION) < set(COLUMNS)
+    assert pd.factorize(rows["ref_id"])[0].tolist() == pd.factorize(EXPECTED["object"])[0].tolist()
+    pd.testing.assert_frame_equal(rows.drop(columns="ref_id"), EXPECTED.drop(columns="object"), check_exact=True)
+    assert not recwarn.list
+
+
+def test_refs_keep_their_ids_and_boxes_without_one_are_numbered_in_their_image(tmp_path):
+    assert read(**refer(tmp_path))["ref_id"].tolist() == ["7", "7", "8", "9", "9"]
+    stem = Path(WIDE).stem
+    assert read(**qwen(tmp_path))["ref_id"].tolist()[:3] == [f"{stem}_0", f"{stem}_0", f"{stem}_1"]
+    twice = read(**lmms(tmp_path, objects=[*OBJECTS, OBJECTS[0]]))
+    assert twice["ref_id"].tolist() == ["107", "107", "108", "109", "109", "107_1", "107_1"]
+    assert not twice.duplicated(["image_id", "ref_id", "sent_id"]).any()
+
+
+@pytest.mark.parametrize("path, name", [
+    ("COCO_train2014_000000000009_12", WIDE), ("a/b/COCO_train2014_000000000009_1.jpg", WIDE),
+    (r"C:\train2014\COCO_train2014_000000000009.jpg", WIDE), ("other/photo_12.png", "photo_12.png"),
+])
+def test_names_of_images(path, name):
+    assert coco_name(path) == name
+
+
+# Splits.
+
+
+def test_the_standard_split_is_cut_out_of_lmms_val(tmp_path, capsys):
+    """Theirs holds an object twice, one of another split, and one of the standard split is missing."""
+    unc = read(**minigpt(tmp_path))
+    other = (50, TALL, [1.0, 2.0, 3.0, 4.0], ["someone else's"])
+    theirs = read(**lmms(tmp_path, objects=[other, OBJECTS[2], OBJECTS[0], OBJECTS[2]]))
+    cut = unc_val(theirs, unc)
+    assert cut["expression"].tolist() == ["the cup", "a cup", "red cat", "cat on the café's left"]
+    printed = capsys.readouterr().out
+    assert "2 of the 3 boxes" in printed and "1 are missing" in printed and "1 objects are of other" in printed
+    with pytest.raises(ValueError, match="same data set"):
+        unc_val(theirs[theirs["expression"] == "someone else's"], unc)
+
+
+def test_counts(tmp_path, monkeypatch):
+    rows = read(**minigpt(tmp_path))
+    with pytest.raises(ValueError, match="10834 expressions of 3811 objects in 1500 images, but these rows have 5 exp"):
+        check_counts(rows, "refcoco", "val")
+    with pytest.raises(ValueError, match="valid: val, test"):
+        check_counts(rows, "refcocog", "testA")
+    monkeypatch.setitem(COUNTS, "refcoco", {"val": (5, 3, 2)})
+    check_counts(rows, "refcoco", "val")
+
+
+@pytest.mark.parametrize("dataset, split", [(d, s) for d, splits in COUNTS.items() for s in splits])
+def test_the_real_annotations(dataset, split, recwarn):
+    """Counts of the split, no box outside its image, and what a perfect model gets when its padding is forgotten."""
+    if not (folder := os.environ.get("REFCOCO_ANNOTATIONS")):
+        pytest.skip("REFCOCO_ANNOTATIONS names no folder with <dataset>_<split>.json files")
+    try:
+        rows = datasets.annotations(dataset, split, folder)
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    check_counts(rows, dataset, split)
+    assert not recwarn.list
+    perfect = perfect_answers(rows)
+    known = {"refcoco": {"val": 92.99, "testA": 93.51, "testB": 89.38},
+             "refcoco+": {"val": 93.03, "testA": 93.47, "testB": 89.38}, "refcocog": {"val": 87.97, "test": 88.86}}
+    assert round(100 * score(perfect, "original")["correct"].mean(), 2) == known[dataset][split]
+    assert score(perfect)["correct"].all()
+
+
+def test_a_perfect_padded_answer_is_only_wrong_where_its_padding_is_forgotten():
+    """In a 640 x 320 image, y comes back as 80 + y / 2: the top quarter, 0 to 80, as 80 to 120."""
+    rows = pd.DataFrame(dict(image_id=["a", "b", "b"], ref_id=["a", "b", "c"], width=[640, 640, 320], height=320,
+                             x1=[0.0, 0.0, 32.0], y1=[0.0, 0.0, 0.0], x2=[640.0, 640.0, 64.0], y2=[80.0, 160.0, 80.0]))
+    perfect = perfect_answers(rows)
+    assert perfect["raw"].tolist() == [
+        "[0.00, 0.25, 1.00, 0.38]", "[0.00, 0.25, 1.00, 0.50]", "[0.10, 0.00, 0.20, 0.25]"]
+    assert score(perfect)["correct"].all()
+    assert score(perfect, "original")["correct"].tolist() == [False, True, True]  # the second has an IoU of exactly 0.5
+    assert summarise(score(perfect), ["frame"]).loc[0, ["n", "accuracy", "tokens"]].tolist() == [3, 1.0, 0.0]
+    with pytest.raises(ValueError, match="padded"):
+        perfect_answers(rows, frame="paded")
+
+
+# What is not as it should be.
+
+
+def edited(folder, change):
+    """MiniGPT-v2's list after `change` of it."""
+    path = minigpt(folder)["path"]
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_boxes_that_stick_out_by_rounding_are_clipped_with_one_warning(tmp_path):
+    def out(content):
+        content[0]["bbox"] = content[1]["bbox"] = [-0.4, 0, 20, 30]
+        content[2]["bbox"] = [40, 5, 41.5, 20]
+    with pytest.warns(UserWarning, match="2 boxes stuck out .* at most 1.50 px.*000000000009_7$") as caught:
+        rows = read(edited(tmp_path, out))
+    assert len(caught) == 1
+    assert rows[TRUTH].iloc[[0, 2]].to_numpy().tolist() == [[0, 0, 19.6, 30], [40, 5, 80, 25]]
+
+
+@pytest.mark.parametrize("key, value, message", [
+    ("bbox", [70, 5, 20, 20], "1 of 5 .* outside their image; first: ref_id COCO_train2014_000000000009_8"),
+    ("bbox", [10, 5, 0, 20], "empty or outside"),
+    ("bbox", [10, 5, 20], "entry 3: its box must be four finite numbers"),
+    ("bbox", [10, 5, 20, float("nan")], "entry 3: its box must be"),
+    ("bbox", [10, 5, 20, True], "entry 3: its box must be"),
+    ("sents", " ", "entry 3: its expression must be"),
+    ("width", 80.5, "entry 3: its width must be whole pixels"),
+    ("img_id", "9_8", "entry 3: its file_name must be the name of an image"),
+])
+def test_impossible_annotations(key, value, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        read(edited(tmp_path, lambda content: content[2].update({key: value})))
+
+
+def test_a_broken_line_is_named(tmp_path):
+    path = qwen(tmp_path)["path"]
+    whole = path.read_text().split("\n")
+    path.write_text("\n".join([whole[0], "", whole[1][:30], whole[2]]))
+    with pytest.raises(ValueError, match="rows.jsonl, line 3: broken JSON.*valid forms are .*image, sent, bbox"):
+        read(path)
+    path.write_text("\n".join([whole[0], json.dumps({"image": WIDE})]))
+    with pytest.raises(ValueError, match="line 2: 'sent' is missing; Qwen-VL JSON lines has image, sent"):
+        read(path)
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_truncated_files(name, tmp_path):
+    given = WRITERS[name](tmp_path)
+    path = given["path"] / "refs(unc).p" if given["path"].is_dir() else given["path"]
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(ValueError, match=path.name.split("(")[0]):
+        read(**given)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", "3", "null", "[[1]]", '{"image": 1, "box": 2}', "[" * 10**5])
+def test_other_json(text, tmp_path):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(ValueError, match="valid forms are .*jxu124.*refer.*lmms-lab.*MiniGPT-v2.*Qwen-VL.*Shikra"):
+        read(tmp_path / "a.json")
+
+
+def test_the_order_of_boxes_must_be_clear(tmp_path):
+    given = jxu124(tmp_path, raw=False)
+    table = pq.read_table(given["path"]).to_pylist()
+    for row in table:
+        row["bbox"] = [1.0, 2.0, 10.0, 12.0]
+    pq.write_table(pa.Table.from_pylist(table), given["path"])
+    with pytest.raises(ValueError, match="both as xyxy and as xywh"):
+        read(**given)
+    for row in table:
+        row["raw_anns"] = json.dumps({"bbox": [5, 5, 5, 5]})
+    pq.write_table(pa.Table.from_pylist(table), given["path"])
+    with pytest.raises(ValueError, match="neither as xyxy nor as xywh"):
+        read(**given)
+
+
+def test_unknown_splits_sizes_and_instances(tmp_path):
+    with pytest.raises(ValueError, match="no split 'testA'; it has: val, train"):
+        read(**refer(tmp_path) | dict(split="testA"))
+    with pytest.raises(ValueError, match="instances=<instances.json> or images="):
+        read(**shikra(tmp_path, False))
+    with pytest.raises(FileNotFoundError, match="1 of 2 images are missing, first .*25.jpg"):
+        (photos(tmp_path / "images") / TALL).unlink()
+        read(**shikra(tmp_path, False), images=tmp_path / "images")
+    with pytest.raises(ValueError, match="holds no bytes of COCO"):
+        read(**lmms(tmp_path, images=False))
+    (tmp_path / "instances.json").write_text('{"images": [], "annotations": []}')
+    with pytest.raises(ValueError, match="entry 1: instances.json lacks image 0 or annotation 107"):
+        read(tmp_path)
+    (tmp_path / "instances.json").write_text('{"images": 3}')
+    with pytest.raises(ValueError, match="no COCO instances file"):
+        read(tmp_path)
+    with pytest.raises(ValueError, match=r"no refs\(unc\).p"):
+        read(tmp_path / "images")
+
+
+# Hostile pickles.
+
+
+class Call:
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+def hostile(mark):
+    command = f"touch {mark}"
+    reduced = {
+        "system": Call(os.system, command), "eval": Call(eval, f"__import__('os').system({command!r})"),
+        "getattr": Call(getattr, os, "system"), "copyreg": Call(copyreg._reconstructor, dict, object, None),
+        "array": np.zeros(3), "scalar": np.float64(1), "set": {1}, "class": Call, "print": print,
+    }
+    reduced["getattr"].call = getattr, ("", "upper")  # a module cannot be pickled; the built-in itself is what counts
+    made = {f"{name} {protocol}": pickle.dumps([{"ref_id": thing}], protocol)
+            for name, thing in reduced.items() for protocol in (0, 2)}
+    return made | {
+        "by hand": f"cos\nsystem\n(S'{command}'\ntR.".encode(), "instance": f"(S'{command}'\nios\nsystem\n.".encode(),
+        "object": f"(cos\nsystem\nS'{command}'\no.".encode(), "persistent": b"Pname\n.", "extension": b"\x82\x01.",
+        "stacked": f"\x8c\x02os\x8c\x06system\x93\x8c{chr(len(command))}{command}\x85R.".encode("latin1"),
+        "far index": b"]r\xff\xff\xff\x7f.", "build": b"}}b.", "new object": b"\x8c\x01a)\x81.",
+    }
+
+
+@pytest.mark.parametrize("name", hostile("x"))
+def test_a_pickle_that_names_anything_is_refused_unrun(name, tmp_path):
+    mark = tmp_path / "mark"
+    instances(tmp_path)
+    (tmp_path / "refs(unc).p").write_bytes(hostile(mark)[name])
+    with pytest.raises(ValueError, match="refused|does not begin with a record") as error:
+        read(tmp_path)
+    assert not mark.exists()
+    if name in ("system 0", "by hand", "stacked"):
+        assert "posix.system" in str(error.value) or "os.system" in str(error.value)
+
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+ANYTHING = st.recursive(
+    SCALARS, lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.text(max_size=5), inner), max_leaves=8)
+VALUE = ANYTHING | st.just([1, 2, 3, 4]) | st.just(WIDE) | st.integers(1, 90)
+KEYED = st.sampled_from(list(FORMS.values())).flatmap(
+    lambda form: st.lists(st.fixed_dictionaries(dict.fromkeys(form.keys, VALUE)), max_size=3))
+NOISE = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def check_noise(path, content):
+    path.write_bytes(content)
+    try:
+        read(path)
+    except ValueError:
+        pass
+
+
+@NOISE
+@given(content=st.binary(max_size=300), magic=st.sampled_from([b"", b"PAR1", b"\x80\x02", b"[{", b'{"image": ']),
+       suffix=st.sampled_from([".p", ".json", ".parquet"]))
+def test_noise_is_a_value_error(content, magic, suffix, tmp_path):
+    check_noise(tmp_path / f"noise{suffix}", magic + content)
+
+
+@NOISE
+@given(content=ANYTHING | KEYED, by_line=st.booleans())
+def test_any_json_is_read_or_a_value_error(content, by_line, tmp_path):
+    parts = content if by_line and isinstance(content, list) else [content]
+    check_noise(tmp_path / "any.json", "\n".join(map(json.dumps, parts)).encode())
+
+
+@pytest.mark.parametrize("text", ["\ud800", "1e400", "x" * 5000])
+def test_odd_texts(text, tmp_path):
+    def change(content):
+        content[0]["sents"] = content[0]["img_id"] = text
+    with pytest.raises(ValueError, match="its file_name"):
+        read(edited(tmp_path, change))
+
+
+# Data sets by name.
+
+
+def test_load_from_a_file_and_a_folder_of_images(tmp_path):
+    folder = photos(tmp_path / "train2014")
+    minigpt(tmp_path, "refcoco+_testB.json")
+    with pytest.warns(UserWarning, match="refcoco\\+ testB has 4889 expressions"):
+        data = datasets.load("refcoco+", "testB", annotations=tmp_path, images=folder)
+    assert (data.name, data.split, len(data.rows)) == ("refcoco+", "testB", 5)
+    image = data.image(data.rows["image_id"][0])
+    assert image.mode == "RGB" and image.size == SIZES[WIDE]
+    (folder / TALL).unlink()
+    with pytest.warns(UserWarning):
+        assert datasets.load("refcoco+", "testB", 1, tmp_path, folder).rows["file_name"].unique().tolist() == [WIDE]
+    with pytest.warns(UserWarning), pytest.raises(FileNotFoundError, match="1 of 2 images .*25.jpg.*train2014.zip.*13"):
+        datasets.load("refcoco+", "testB", annotations=tmp_path, images=folder)
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="give images="):
+        datasets.load("refcoco+", "testB", annotations=tmp_path)
+
+
+@pytest.mark.parametrize("write, where", [
+    (minigpt, "refcoco_val.json"), (qwen, "refcoco/refcoco_val.jsonl"), (shikra, "REC_refcoco_unc_val.jsonl"),
+    (lmms, "data/val-00000-of-00001.parquet"), (jxu124, "data/validation-00000-of-00001.parquet"),
+])
+def test_known_names_in_a_folder(write, where, tmp_path, monkeypatch):
+    monkeypatch.setitem(COUNTS, "refcoco", {"val": (5, 3, 2)})
+    (tmp_path / where).parent.mkdir(exist_ok=True)
+    write(tmp_path)["path"].rename(tmp_path / where)
+    assert len(datasets.annotations("refcoco", "val", tmp_path)) == 5
+    assert len(datasets.annotations("refcoco", "val", tmp_path / where)) == 5
+
+
+def test_a_refer_folder_is_found_and_no_file_lists_the_names(tmp_path, monkeypatch):
+    monkeypatch.setitem(COUNTS, "refcoco", {"val": (5, 3, 2)})
+    (tmp_path / "refcoco").mkdir()
+    refer(tmp_path / "refcoco")
+    assert len(datasets.annotations("refcoco", "val", tmp_path)) == 5
+    with pytest.raises(FileNotFoundError, match="refcocog_test.json, .*refs\\(umd\\).p"):
+        datasets.annotations("refcocog", "test", tmp_path)
+
+
+def test_load_by_name_downloads_and_cuts_val(tmp_path, monkeypatch):
+    """Images come from the Parquet files' bytes, two shards of them, and only the standard split is left."""
+    hub = {"lmms-lab/RefCOCO": tmp_path / "a", "jxu124/refcoco": tmp_path / "b"}
+    for folder in hub.values():
+        (folder / "data").mkdir(parents=True)
+    lmms(tmp_path / "a/data", "val-00000-of-00002.parquet", OBJECTS[:1])
+    lmms(tmp_path / "a/data", "val-00001-of-00002.parquet", [*OBJECTS[1:], OBJECTS[0], (60, TALL, [1, 2, 3, 4], ["x"])])
+    jxu124(tmp_path / "b/data")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: str(hub[name]))
+    monkeypatch.setitem(COUNTS, "refcoco", {"val": (5, 3, 2)})
+    data = datasets.load("refcoco", "val")
+    pd.testing.assert_frame_equal(data.rows.drop(columns="ref_id"), EXPECTED.drop(columns="object"))
+    red, blue = (data.image(Path(name).stem).getpixel((5, 5)) for name in (WIDE, TALL))
+    assert red[0] > 150 > red[2] and blue[2] > 150 > blue[0]
+
+
+def test_without_a_network_the_command_is_named(monkeypatch):
+    def offline(name, **_):
+        raise huggingface_hub.errors.LocalEntryNotFoundError("no route\nand more")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(FileNotFoundError, match=r"\(no route\).*hf download --repo-type dataset lmms-lab/RefCOCOplus "
+                                                r"--include 'data/testA-\*.parquet'; or give annotations=.*images="):
+        datasets.load("refcoco+", "testA")
+
+
+def test_refstamps_take_no_files():
+    with pytest.raises(ValueError, match="refstamps is drawn from seeds .*refcoco, refcoco\\+, refcocog"):
+        datasets.load("refstamps", "val", 1, annotations="x")
+    assert list(datasets.load("refstamps", "val", 1).rows) == EXPRESSION
