@@ -71,14 +71,14 @@ def save_table(name: str, shown: pd.DataFrame, tidy: pd.DataFrame, bold: pd.Data
     """
     shown = shown.fillna("")
     bold = pd.DataFrame(False, shown.index, shown.columns) if bold is None else bold
-    caption = "SMOKE TEST" if smoke else None
 
     def styled(escape: str) -> Styler:
         table = shown.style.format(escape=escape).format_index(escape=escape, axis=0).format_index(escape=escape, axis=1)
-        return table.apply(lambda _: bold.map({True: "font-weight: bold", False: ""}.get), axis=None)
+        table = table.apply(lambda _: bold.map({True: "font-weight: bold", False: ""}.get), axis=None)
+        return table.set_caption("SMOKE TEST") if smoke else table
 
-    folder, html = output_folder(smoke), styled("html").set_uuid(name).set_caption(caption)
-    tex = styled("latex").set_caption(caption).to_latex(hrules=True, convert_css=True, multicol_align="c")
+    folder, html = output_folder(smoke), styled("html").set_uuid(name)
+    tex = styled("latex").to_latex(hrules=True, convert_css=True, multicol_align="c")
     (folder / f"{name}.tex").write_text(tex)
     (folder / f"{name}.html").write_text(html.to_html(doctype_html=True))
     tidy.to_csv(folder / f"{name}.csv", index=False, float_format="%.6g")

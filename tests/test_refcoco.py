@@ -331,6 +331,9 @@ def test_unknown_splits_sizes_and_instances(tmp_path):
         read(**shikra(tmp_path, False), images=tmp_path / "images")
     with pytest.raises(ValueError, match="holds no bytes of COCO"):
         read(**lmms(tmp_path, images=False))
+    (tmp_path / "instances.json").unlink()
+    with pytest.raises(ValueError, match="gives no boxes: instances.json is to lie beside it"):
+        read(tmp_path)
     (tmp_path / "instances.json").write_text('{"images": [], "annotations": []}')
     with pytest.raises(ValueError, match="entry 1: instances.json lacks image 0 or annotation 107"):
         read(tmp_path)

@@ -1,6 +1,10 @@
 import subprocess
 import sys
 
+import pandas as pd
+
+from analysis import style
+
 DRAW = """
 import sys, pathlib
 from analysis import style
@@ -27,3 +31,20 @@ def test_two_processes_draw_the_same_bytes_and_smoke_is_stamped_elsewhere(tmp_pa
     smoke = draw(tmp_path / "c", "smoke")
     assert set(smoke) == {"smoke/drawn.pdf", "smoke/drawn.png"}
     assert smoke["smoke/drawn.png"] != paper["drawn.png"]
+
+
+def test_a_table_is_escaped_in_each_form_and_only_a_smoke_run_is_stamped(tmp_path, monkeypatch):
+    monkeypatch.setattr(style, "output_folder", lambda smoke: tmp_path)
+    shown = pd.DataFrame({("a_b", "50 %"): ["1 & 2", None], ("a_b", "c"): ["<3>", "4"]}, index=["x_y", "z"])
+    bold = pd.DataFrame([[True, False], [False, False]], shown.index, shown.columns)
+    tidy = pd.DataFrame({"value": [1 / 3, 2]})
+    style.save_table("t", shown, tidy, bold)
+    tex, html, csv = ((tmp_path / f"t.{kind}").read_text() for kind in ("tex", "html", "csv"))
+    assert tex.startswith(r"\begin{tabular}") and r"x\_y & \bfseries 1 \& 2 & <3> \\" in tex and r"50 \%" in tex
+    assert "&lt;3&gt;" in html and "font-weight: bold" in html and csv == "value\n0.333333\n2\n"
+    assert "nan" not in (tex + html).lower() and "None" not in tex + html
+    assert "SMOKE" not in tex + html
+    style.save_table("t", shown, tidy, bold)
+    assert (tmp_path / "t.html").read_text() == html
+    style.save_table("t", shown, tidy, bold, smoke=True)
+    assert all("SMOKE TEST" in (tmp_path / f"t.{kind}").read_text() for kind in ("tex", "html"))
