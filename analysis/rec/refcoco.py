@@ -339,7 +339,7 @@ def read(
     if name == "refer pickle" and instances is None:
         instances = files[0].with_name("instances.json")
         if not instances.is_file():
-            raise ValueError(f"{files[0]} gives no boxes: instances.json is to lie beside it, or to be named as instances=")
+            raise ValueError(f"{files[0]} gives no boxes: instances.json is to lie beside it, or give instances=<it>")
     coco = _instances(Path(instances)) if instances else {}
     rows = _rows(records, name, coco)
     if split and "split" in rows:
