@@ -9,7 +9,7 @@ from hypothesis import settings
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import (
-    CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, PreTrainedTokenizerFast,
+    CLIPConfig, CLIPModel, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, PreTrainedTokenizerFast,
 )
 
 from analysis import models
@@ -46,8 +46,16 @@ def config(words, **vision):
             vocab_size=len(words), hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
             initializer_range=0.4, pad_token_id=0, bos_token_id=1, eos_token_id=2,
         ),
-        image_token_index=words.convert_tokens_to_ids("<image>"), image_seq_length=16,
+        image_token_index=words.convert_tokens_to_ids("<image>"), image_seq_length=16, clip="random-clip",
     )
+
+
+def clip(words):
+    """Its CLIP: the same tower's shape, and a text tower that reads the same words."""
+    vision = config(words).vision_config.to_dict() | {"initializer_factor": 20.0}
+    text = dict(vocab_size=len(words), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+                max_position_embeddings=12, bos_token_id=1, eos_token_id=2, pad_token_id=0, initializer_factor=20.0)
+    return CLIPModel(CLIPConfig(vision_config=vision, text_config=text, projection_dim=6))
 
 
 @pytest.fixture(scope="session")
@@ -58,6 +66,8 @@ def tiny_folder(tmp_path_factory):
     torch.manual_seed(0)
     LlavaForConditionalGeneration(config(words)).save_pretrained(folder)
     words.save_pretrained(folder)
+    clip(words).save_pretrained(folder.parent / "random-clip")
+    words.save_pretrained(folder.parent / "random-clip")
     return folder
 
 

@@ -14,9 +14,9 @@ from PIL import Image, UnidentifiedImageError
 
 from analysis import evaluate as evaluation
 from analysis import models, results
-from analysis.evaluate import cells, evaluate, image_seed
-from analysis.pruning import PRUNERS
-from analysis.rec.scoring import score, summarise
+from analysis.evaluate import cells, evaluate, image_seed, needs_text
+from analysis.pruning import PRUNERS, pruner
+from analysis.rec.scoring import score, score_words, summarise
 from analysis.types import Cell
 
 GRID = cells(["none", "random", "cls_similarity"], [0.25, 0.5], ["method", "shuffled"], ["compact", "original"], 7)
@@ -223,3 +223,49 @@ def test_each_image_draws_its_own_seed(tiny, tmp_path, monkeypatch):
 def test_seeds_differ_between_images_and_cells():
     assert len({image_seed(s, i) for s in range(20) for i in range(20)}) == 400
     assert image_seed(0, 1) == 2942165697  # the same on every machine
+
+
+BY_TEXT = cells(["text_similarity", "trim", "prumerge"], [None, 0.5], ids="original")[1:]  # text similarity needs a keep
+
+
+def test_methods_that_read_the_expression_select_for_each(tiny, tmp_path):
+    """The same rows in any batches and alone; selections of one image differ between its expressions."""
+    assert [needs_text(tiny, pruner(c.pruner), c.keep) for c in BY_TEXT] == [True, True, True, False, False]
+    rows = run(tiny, tmp_path / "a", BY_TEXT, batch_size=32)
+    pd.testing.assert_frame_equal(rows, run(tiny, tmp_path / "b", BY_TEXT, batch_size=1, chunk=5))
+    adaptive = rows[(rows["pruner"] == "prumerge") & rows["keep"].isna()]
+    assert adaptive.groupby("image_id")["tokens"].nunique().max() == 1 and adaptive["tokens"].max() <= 16
+    data = Noise(images=1)
+    visual = tiny.encode([data.image(0)])
+    chosen = evaluation._select(tiny, visual, [0], data.rows, Cell("text_similarity", 0.5), True, 2)
+    made = {row: selection.origin.tolist() for row, selection in chosen.items()}
+    assert list(made) == [0, 1, 2] and len({str(origin) for origin in made.values()}) == 3
+
+
+def test_a_model_without_its_clip_says_how_to_get_it(tiny, tmp_path):
+    def absent():
+        raise FileNotFoundError("fetch it with: hf download openai/clip")
+
+    with pytest.raises(ValueError, match="'trim' cannot run on random-llava .* hf download openai/clip"):
+        run(replace(tiny, clip=absent), tmp_path / "rows", [Cell("trim", 0.5)])
+
+
+@dataclass(frozen=True)
+class Asked(Noise):
+    """Questions whose answer is a word: no box."""
+
+    @property
+    def rows(self):
+        rows = super().rows.drop(columns=["x1", "y1", "x2", "y2"])
+        return rows.assign(task="colour", answer="red")
+
+
+def test_questions_are_asked_as_they_are_and_scored_by_the_word(tiny, tmp_path, monkeypatch):
+    asked = []
+    ask = models.Model.ask
+    monkeypatch.setattr(models.Model, "ask", lambda self, question: (asked.append(question), ask(self, question))[1])
+    rows = run(tiny, tmp_path / "rows", [Cell()], Asked())
+    assert set(asked) == set(Asked().rows["expression"])
+    assert "x1" not in rows and set(rows["answer"]) == {"red"}
+    scored = score_words(rows.assign(raw=[" Red "] * 5 + ["", "reddish"] + ["blue"] * 8))
+    assert scored["correct"].sum() == 5 and scored["invalid"].sum() == 1

@@ -10,7 +10,7 @@ from analysis.rec import datasets
 from analysis.rec.scoring import check_boxes
 from analysis.testbed import grammar
 from analysis.testbed.scenes import OVERLAP, SPLITS, covered, heldout_region, is_eval_combination, region, scene
-from analysis.testbed.stamps import colours, nouns, stamps
+from analysis.testbed.stamps import colours, nouns, plural, stamps
 from analysis.testbed.tokenizer import SYSTEM, build
 
 VAL = [scene("val", i) for i in range(80)]
@@ -173,3 +173,21 @@ def test_tokenizer_knows_every_word_and_gives_the_text_back():
             assert ids.count(tokenizer.convert_tokens_to_ids("<image>")) == 1
             assert tokenizer.decode(tokenizer.encode(f"ASSISTANT: {answer}")) == f"ASSISTANT: {answer}"
         assert tokenizer.unk_token_id not in tokenizer.encode(grammar.caption(drawn, rng) + "</s>")
+
+
+def test_control_questions_are_answered_right_and_presence_is_balanced():
+    rows = datasets.load("refstamps-control", "val", 40).rows
+    presence = rows[rows["task"] == "presence"]
+    assert presence["answer"].value_counts().to_dict() == {"yes": 40, "no": 40}
+    assert not rows.duplicated(["image_id", "ref_id", "sent_id"]).any()
+    for image_id, question, task, answer in rows[["image_id", "expression", "task", "answer"]].itertuples(index=False):
+        drawn = scene("val", int(image_id.split("_")[1])).objects
+        words = question.rstrip("?").split()
+        if task == "presence":
+            assert (answer == "yes") == any(obj.noun in words for obj in drawn), question
+        elif task == "colour":
+            (obj,) = [obj for obj in drawn if obj.noun == words[-1]]
+            assert answer == obj.colour
+        else:
+            count = sum(plural(obj.noun) == words[2] for obj in drawn)
+            assert answer == grammar.NUMBERS[count]

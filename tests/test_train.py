@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from transformers import AttentionInterface
 
 from analysis.testbed import train
 from analysis.testbed.grammar import questions
@@ -44,6 +45,31 @@ def test_a_packed_block_equals_a_single_question(llava):
     assert positions.max() < max(a[2].shape[1] for a in alone)
     # the label of a state is the next token, and an answer ends with </s>
     assert (labels == tokenizer.eos_token_id).sum() == len(asked)
+
+
+def test_packed_attention_is_attention(llava):
+    """The attention written out for training on CPU against PyTorch's own, on rows of unequal length."""
+    tokenizer, model = llava
+    decoder = model.model.language_model
+    before = tokenizer.encode("<s>A chat USER: ", add_special_tokens=False)
+    asked = [questions(scene("train", i), np.random.default_rng(i), 3) for i in (0, 1)]
+    ids, positions, mask, labels = train.pack(tokenizer, asked, len(before), "cpu")
+    embeds = torch.randn(2, mask.shape[-1], 128, generator=torch.Generator().manual_seed(0))
+    AttentionInterface.register("packed", train.packed_attention(len(before) + 144))
+
+    def states():
+        with torch.no_grad():
+            return decoder(inputs_embeds=embeds, position_ids=positions, attention_mask=mask, use_cache=False
+                           ).last_hidden_state[:, -ids.shape[1]:][labels != -100]
+
+    expected, was = states(), decoder.config._attn_implementation
+    decoder.set_attn_implementation("packed")
+    try:
+        assert torch.equal(states(), expected)  # in evaluation it is PyTorch's
+        decoder.train()
+        torch.testing.assert_close(states(), expected, atol=2e-5, rtol=1e-4)
+    finally:
+        decoder.eval().set_attn_implementation(was)
 
 
 def test_patch_labels_cover_the_boxes():
