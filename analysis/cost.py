@@ -22,7 +22,7 @@ from analysis.decode import causal_mask, prefill
 from analysis.evaluate import image_seed
 from analysis.models import Model
 from analysis.positions import assign, layout, reorder
-from analysis.pruning import budget, pruner
+from analysis.pruning import budget, pruner, select
 from analysis.rec.datasets import RecDataset
 from analysis.registry import matching, pick
 from analysis.types import Cell, Selection, VisualTokens
@@ -60,13 +60,13 @@ def decoder_flops(name: str, keep: float) -> int:
 
 
 def _sequences(
-    model: Model, selections: Sequence[Selection], prompts: Sequence[tuple[Tensor, Tensor]], cell: Cell
+    model: Model, selections: Sequence[Selection], n: int, prompts: Sequence[tuple[Tensor, Tensor]], cell: Cell
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Embeddings and position IDs of whole prompts under a cell."""
+    """Embeddings and position IDs of whole prompts under a cell; n: visual tokens before pruning."""
     embeds, positions = [], []
     for selection, (prefix, suffix) in zip(selections, prompts):
         selection = reorder(selection, cell.order, cell.seed)
-        ids = assign(selection.origin, model.grid[0] * model.grid[1], cell.ids, cell.seed)
+        ids = assign(selection.origin, n, cell.ids, cell.seed)
         embeds.append(torch.cat([model.embed(prefix), selection.features, model.embed(suffix)]))
         positions.append(layout(len(prefix), ids.visual, ids.text, len(suffix)))
     return embeds, positions
@@ -107,8 +107,9 @@ def measure(
         for cell in grid:
             visual = encode()  # anew, so that each method pays for its own signals
             start = clock()
-            embeds, positions = _sequences(model, pruner(cell.pruner)(visual, cell.keep, seeds=seeds), prompts, cell)
-            chosen = clock()
+            chosen = select(pruner(cell.pruner), visual, cell.keep, seeds)
+            embeds, positions = _sequences(model, chosen, visual.length, prompts, cell)
+            selected = clock()
             if cuda:
                 torch.cuda.reset_peak_memory_stats()
                 before = torch.cuda.memory_allocated()
@@ -120,9 +121,9 @@ def measure(
             text = sum(len(prefix) + len(suffix) for prefix, suffix in prompts)
             rows.append(cell.columns() | dict(
                 model=model.name, revision=model.revision, device=str(model.device), images=len(first), turn=turn,
-                tokens=(sum(map(len, embeds)) - text) / len(first), tokens_full=model.grid[0] * model.grid[1],
+                tokens=(sum(map(len, embeds)) - text) / len(first), tokens_full=visual.length,
                 flops=counted[cell], cache_bytes=cache_bytes(cache) / len(first), encode_s=encode_s,
-                select_s=chosen - start, prefill_s=done - chosen, peak_bytes=peak))
+                select_s=selected - start, prefill_s=done - selected, peak_bytes=peak))
     return pd.DataFrame(rows).query("turn > 0").astype({"keep": float}).reset_index(drop=True)
 
 

@@ -8,7 +8,7 @@ which other cells run nor on where a killed run was taken up again.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,7 +23,7 @@ from analysis import results
 from analysis.decode import begin, greedy
 from analysis.models import Model
 from analysis.positions import ORDERS, Ids, assign, layout, parse_spec, reorder
-from analysis.pruning import Pruner
+from analysis.pruning import Pruner, select
 from analysis.pruning import pruner as find_pruner
 from analysis.rec.scoring import check_boxes
 from analysis.types import Cell, Selection, Signals, VisualTokens
@@ -166,8 +166,17 @@ def needs_text(model: Model, prune: Pruner, keep: float | None) -> bool:
     Raises what the method raises where it cannot run.
     """
     blank = model.encode([Image.new("RGB", (8, 8))]).take(torch.tensor([0]), **model.texts(["thing"]))
-    prune(blank, keep, seeds=[0])
+    select(prune, blank, keep, [0])
     return bool(blank.signals.asked & Signals.TEXT)
+
+
+def _encode(model: Model, images: dict[Any, Image.Image]) -> Iterator[tuple[list, VisualTokens]]:
+    """(IDs, tokens) of the images, one batch for each layout."""
+    layouts: dict[Hashable, list] = {}
+    for image_id, image in images.items():
+        layouts.setdefault(model.layout(image.size), []).append(image_id)
+    for image_ids in layouts.values():
+        yield image_ids, model.encode([images[image_id] for image_id in image_ids])
 
 
 def _select(
@@ -178,7 +187,7 @@ def _select(
     prune, place = find_pruner(cell.pruner), {image_id: i for i, image_id in enumerate(image_ids)}
     rows = rows[rows["image_id"].isin(place)]
     if not by_text:
-        made = prune(visual, cell.keep, seeds=[image_seed(cell.seed, image_id) for image_id in image_ids])
+        made = select(prune, visual, cell.keep, [image_seed(cell.seed, image_id) for image_id in image_ids])
         return {row: made[place[image_id]] for row, image_id in rows["image_id"].items()}
     made = {}
     for start in range(0, len(rows), batch_size):
@@ -186,7 +195,7 @@ def _select(
         index = torch.tensor([place[image_id] for image_id in part["image_id"]], device=visual.features.device)
         pairs = visual.take(index, **model.texts(list(part["expression"])))
         seeds = [image_seed(cell.seed, image_id) for image_id in part["image_id"]]
-        made |= zip(part.index, prune(pairs, cell.keep, seeds=seeds))
+        made |= zip(part.index, select(prune, pairs, cell.keep, seeds))
     return made
 
 
@@ -195,25 +204,27 @@ def _pieces(
     batch_size: int, bar: tqdm,
 ) -> Iterator[tuple[Cell, pd.DataFrame]]:
     """The finished rows of one chunk, cell by cell."""
-    n = model.grid[0] * model.grid[1]
     images, errors = _readable(dataset, rows)
-    visual = model.encode(list(images.values())) if images else None
+    encoded = list(_encode(model, images))
+    lengths = {image_id: visual.length for image_ids, visual in encoded for image_id in image_ids}
     ask = model.ask if "answer" in rows else model.prompt
     prompts = {expression: ask(expression) for expression in rows["expression"].unique()}
     made: dict[tuple, dict[Any, Selection]] = {}
     for cell in missing:
         key = (cell.pruner, cell.keep, cell.seed)
         if key not in made:
-            made[key] = _select(model, visual, list(images), rows, cell, by_text[key[:2]], batch_size) if images else {}
+            made[key] = {row: selection for image_ids, visual in encoded for row, selection in
+                         _select(model, visual, image_ids, rows, cell, by_text[key[:2]], batch_size).items()}
         once = {id(selection): (selection, rows["image_id"][row]) for row, selection in made[key].items()}
-        done = {name: _place(selection, n, cell, image_seed(cell.seed, i)) for name, (selection, i) in once.items()}
+        done = {name: _place(selection, lengths[i], cell, image_seed(cell.seed, i))
+                for name, (selection, i) in once.items()}
         placed = {row: done[id(selection)] for row, selection in made[key].items()}
         whose = dict(model=model.name, revision=model.revision, dataset=dataset.name, split=dataset.split)
         answered = dict(
             raw=_answers(model, placed, prompts, rows, batch_size, bar), dialect=model.dialect, frame=model.frame,
             **cell.columns(),
             tokens=[float(len(placed[row][0])) if row in placed else float("nan") for row in rows.index],
-            tokens_full=n, error=[errors.get(i, "") for i in rows["image_id"]],
+            tokens_full=[float(lengths.get(i, "nan")) for i in rows["image_id"]], error=[errors.get(i, "") for i in rows["image_id"]],
         )
         table = pd.DataFrame(whose, index=rows.index).join(rows[_columns(rows)]).assign(**answered)
         yield cell, table.astype({"keep": float}).reset_index(drop=True)

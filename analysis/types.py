@@ -56,28 +56,38 @@ class Signals:
 
 @dataclass(frozen=True)
 class VisualTokens:
-    """One batch of images, encoded once.
+    """One batch of images of one layout, encoded once.
 
     features: [B, N, D] projected tokens in raster order; grid: (rows, columns) with rows * columns == N; connect: the
-    model's connector, [..., C] -> [..., D], for methods that merge `signals.patches` before it.
+    model's connector, [..., C] -> [..., D], for methods that merge `signals.patches` before it; newline: [D] token that
+    ends each row, if there is one; tiles: the same images seen more closely, whose tokens follow (LLaVA-NeXT).
     """
 
     features: Tensor
     grid: tuple[int, int]
     signals: Signals
     connect: Callable[[Tensor], Tensor] | None = None
+    newline: Tensor | None = None
+    tiles: VisualTokens | None = None
+
+    @property
+    def length(self) -> int:
+        """Tokens of one image that the decoder reads unpruned, newlines and tiles included."""
+        rows, columns = self.grid
+        return rows * (columns + (self.newline is not None)) + (self.tiles.length if self.tiles else 0)
 
     def take(self, index: Tensor, **more: Callable[[], Tensor]) -> VisualTokens:
         """Images `index` [M], which may repeat, with `more` signals such as the text of each."""
-        return replace(self, features=self.features[index], signals=self.signals.take(index, **more))
+        return replace(self, features=self.features[index], signals=self.signals.take(index, **more),
+                       tiles=self.tiles.take(index, **more) if self.tiles else None)
 
 
 @dataclass(frozen=True)
 class Selection:
     """One image after pruning: K tokens in the order the method emits them.
 
-    features: [K, D]; origin: [K] int64, the raster index each token had before pruning (a synthetic token carries
-    its anchor); synthetic: [K] bool, True for merged or leftover tokens.
+    features: [K, D]; origin: [K] int64, the index each token had before pruning: its raster index, where there are
+    newlines or tiles its place among all tokens (a synthetic token carries its anchor); synthetic: [K] bool, True for merged or leftover tokens.
     """
 
     features: Tensor

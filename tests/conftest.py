@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from analysis import models
-from analysis.models.llava import REC_QUESTION, prompt_text
+from analysis.models.llava import Llava
 
 settings.register_profile("busy", deadline=None)  # a machine that does something else, too, is no failure
 settings.load_profile("busy")
@@ -25,7 +25,7 @@ WORDS = "the a red blue cat dog cup left right of [ ] 0 . , " + " ".join(map(str
 def tokenizer():
     """Word level, with the words of the prompt; special tokens as LLaVA has them."""
     special = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
-    text = re.findall(r"\w+|[^\w\s]", prompt_text(REC_QUESTION).replace("<image>", ""))
+    text = re.findall(r"\w+|[^\w\s]", Llava.chat.format(Llava.rec).replace("<image>", ""))
     vocabulary = {word: i for i, word in enumerate(dict.fromkeys(special + text + WORDS.split()))}
     words = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()

@@ -11,7 +11,8 @@ from transformers import LlavaForConditionalGeneration
 
 from analysis import models
 from analysis.decode import greedy, prefill
-from analysis.models.llava import FILL, SYSTEM, pad_to_square, prompt_text
+from analysis.models.base import SYSTEM, pad_to_square
+from analysis.models.llava import Llava
 from analysis.positions import assign, layout
 from analysis.pruning import PRUNERS
 from analysis.rec.boxes import FRAMES
@@ -80,12 +81,12 @@ def test_signals_are_the_connector_layers(tiny):
 @pytest.mark.parametrize("size", [(41, 30), (30, 41), (32, 32)])
 def test_padding_and_the_padded_frame_agree(size):
     image = noise(*size, 0)
-    square = np.asarray(pad_to_square(image))
+    square = np.asarray(pad_to_square(image, Llava.fill))
     x1, y1, x2, y2 = (FRAMES["padded"].encode([0, 0, *size], size) * len(square)).round().astype(int)
     assert (square[y1:y2, x1:x2] == np.asarray(image)).all()
     square = square.copy()
-    square[y1:y2, x1:x2] = FILL
-    assert (square == FILL).all()
+    square[y1:y2, x1:x2] = Llava.fill
+    assert (square == Llava.fill).all()
 
 
 def test_pixels_are_normalised_with_the_written_statistics(tiny_folder, tmp_path):
@@ -114,7 +115,7 @@ def test_stem_checkpoints_load_whole(tmp_path):
 
 def test_prompt_is_split_at_the_image(tiny):
     prefix, suffix = tiny.prompt("the red cat")
-    whole = tiny.tokenizer(prompt_text("the").replace("<image>", "")).input_ids
+    whole = tiny.tokenizer(tiny.prompt_text("the").replace("<image>", "")).input_ids
     assert tiny.image_token not in torch.cat([prefix, suffix])
     assert prefix.tolist() == [tiny.tokenizer.bos_token_id, *whole[: len(prefix) - 1]]
     assert tiny.text(suffix[-6:].tolist()) == ": the red cat ASSISTANT :"

@@ -11,7 +11,8 @@ from analysis.rec.scoring import check_boxes
 from analysis.testbed import grammar
 from analysis.testbed.scenes import OVERLAP, SPLITS, covered, heldout_region, is_eval_combination, region, scene
 from analysis.testbed.stamps import colours, nouns, plural, stamps
-from analysis.testbed.tokenizer import SYSTEM, build
+from analysis.models.base import SYSTEM
+from analysis.testbed.tokenizer import build
 
 VAL = [scene("val", i) for i in range(80)]
 

@@ -8,18 +8,19 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig
 
-from analysis.models import llava
-from analysis.models.llava import Model
+from analysis.models import llava, llava_next, minigpt_v2, shikra
+from analysis.models.base import ATTENTION, Model
 from analysis.registry import pick
 
 __all__ = ["FAMILIES", "MODELS", "Model", "load"]
 
 _CHECKPOINTS = Path(__file__).parents[1] / "testbed" / "checkpoints"
 
-MODELS: dict[str, Path] = {name: _CHECKPOINTS / name for name in ("tiny-llava",)}
+MODELS: dict[str, Path] = {name: _CHECKPOINTS / name for name in (
+    "tiny-llava", "tiny-llava-wide", "tiny-llava-next", "tiny-shikra", "tiny-minigpt-v2")}
 
-# config.json's model_type -> load(source, config, name, revision, device, dtype)
-FAMILIES = {"llava": llava.load}
+# config.json's model_type -> module with whole_class(config) and assemble(whole, source, name, revision, device)
+FAMILIES = {"llava": llava, "llava_next": llava_next, "shikra": shikra, "minigpt_v2": minigpt_v2}
 
 
 def _digest(folder: Path) -> str:
@@ -59,7 +60,15 @@ def load(name: str | Path, device: str | None = None, dtype: torch.dtype | None 
     try:
         config = AutoConfig.from_pretrained(source, local_files_only=True)
         revision = _digest(folder) if local else config._commit_hash
-        build = pick(FAMILIES, config.model_type, "model family")
-        return build(source, config, folder.resolve().name if local else name, revision, device, dtype)
+        family = pick(FAMILIES, config.model_type, "model family")
+        build, options = family.whole_class(config)
+        whole, info = build.from_pretrained(
+            source, config=config, dtype=dtype, attn_implementation=ATTENTION, local_files_only=True,
+            output_loading_info=True, **options,
+        )
+        if wrong := {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}:
+            raise ValueError(f"{name}: the weights do not fit config.json: {wrong}")
+        shown = folder.resolve().name if local else name
+        return family.assemble(whole, source=source, name=shown, revision=revision, device=device)
     except OSError as error:
         raise FileNotFoundError(f"{folder} is incomplete: {error}" if local else _missing(name)) from error

@@ -75,14 +75,36 @@ class Dialect(NamedTuple):
 # Possessive quantifiers: no backtracking, so any text takes linear time.
 _NUMBER = r"\s*+([-+]?(?:[0-9]++(?:\.[0-9]*+)?|\.[0-9]++))\s*+"
 _BRACKETED = re.compile(rf"\[{','.join([_NUMBER] * 4)}\]")
+_BRACES = re.compile(r"\{" + r"\s*+<\s*+([0-9]{1,3})\s*+>" * 4 + r"\s*+\}")
+
+
+def _clipped(box: ArrayLike) -> Boxes:
+    """Fractions [4] clipped to 0..1. ValueError unless four finite numbers."""
+    box = np.asarray(box, dtype=np.float64)
+    if box.shape != (4,) or not np.isfinite(box).all():
+        raise ValueError(f"a box is four finite numbers x1, y1, x2, y2, not {box.tolist()}")
+    return abs(box.clip(0, 1))  # abs: -0.0 would print its sign
 
 
 def format_llava(box: ArrayLike) -> str:
     """[0.12, 0.34, 0.56, 0.78]: fractions [4] clipped to 0..1, two decimals. ValueError unless four finite numbers."""
-    box = np.asarray(box, dtype=np.float64)
-    if box.shape != (4,) or not np.isfinite(box).all():
-        raise ValueError(f"a box is four finite numbers x1, y1, x2, y2, not {box.tolist()}")
-    return "[" + ", ".join(f"{abs(x):.2f}" for x in box.clip(0, 1)) + "]"  # abs: -0.0 would print its sign
+    return "[" + ", ".join(f"{x:.2f}" for x in _clipped(box)) + "]"
+
+
+def format_shikra(box: ArrayLike) -> str:
+    """Answer: [0.123,0.345,0.567,0.789] . : as `format_llava`, with three decimals and Shikra's words."""
+    return "Answer: [" + ",".join(f"{x:.3f}" for x in _clipped(box)) + "] ."
+
+
+def format_minigpt_v2(box: ArrayLike) -> str:
+    """{<12><34><56><78>}: fractions [4] clipped to 0..1, in whole per cents. ValueError unless four finite numbers."""
+    return "{" + "".join(f"<{100 * x:.0f}>" for x in _clipped(box)) + "}"
+
+
+def _ordered(box: Boxes) -> Boxes | None:
+    """The box, or None if a value lies outside [0, 1], or x2 < x1 or y2 < y1."""
+    inside = (box >= 0).all() and (box <= 1).all()
+    return box if inside and (box[:2] <= box[2:]).all() else None
 
 
 def parse_llava(text: str) -> Boxes | None:
@@ -96,13 +118,23 @@ def parse_llava(text: str) -> Boxes | None:
     found = _BRACKETED.search(text)
     if not found:
         return None
-    box = np.array(found.groups(), dtype=np.float64)
-    inside = (box >= 0).all() and (box <= 1).all()
-    return box if inside and (box[:2] <= box[2:]).all() else None
+    return _ordered(np.array(found.groups(), dtype=np.float64))
+
+
+def parse_minigpt_v2(text: str) -> Boxes | None:
+    """The first {<x1><y1><x2><y2>} of whole numbers of at most three digits in the text, as fractions, float64 [4].
+
+    Lenient about text around it and white space inside it. None, and linear time, as in `parse_llava`: upstream draws
+    invalid answers again, up to twenty times; here they count as misses.
+    """
+    found = _BRACES.search(text)
+    return _ordered(np.array(found.groups(), dtype=np.float64) / 100) if found else None
 
 
 DIALECTS: dict[str, Dialect] = {
     "llava": Dialect(format_llava, parse_llava),
+    "shikra": Dialect(format_shikra, parse_llava),  # differs in decimals and spaces only
+    "minigpt_v2": Dialect(format_minigpt_v2, parse_minigpt_v2),
 }
 
 

@@ -7,6 +7,7 @@ and "refstampsg" (long, relational).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -185,7 +186,6 @@ def plural_phrase(name: str) -> str:
     return " ".join([*colour, plural(noun)])
 
 
-REFER = "Please provide the bounding box coordinate of the region this sentence describes:"  # LLaVA's REC prompt
 DESCRIBE = "Please provide a short description for this region:"
 LIST = "List the objects in the image."
 
@@ -195,33 +195,38 @@ def answer_box(scene: Scene, i: int, frame: str = "padded", dialect: str = "llav
     return DIALECTS[dialect].format(FRAMES[frame].encode(np.array(scene.objects[i].box, float), np.array(scene.size)))
 
 
-def rec_question(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
+Write = Callable[[Scene, int], str]  # how a model writes an object's box
+
+
+def rec_question(scene: Scene, rng: np.random.Generator, write: Write = answer_box) -> tuple[str, str] | None:
+    """The expression stands for the question, which every model puts in its own words."""
     name = SETS[rng.choice(3, p=(0.6, 0.2, 0.2))]
     found = phrases(scene, name)
     if not found:
         return None
     i = sorted(found)[rng.integers(len(found))]
-    return f"{REFER} {pick_phrase(rng, found[i])}", answer_box(scene, i)
+    return pick_phrase(rng, found[i]), write(scene, i)
 
 
-def describe_question(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
+def describe_question(scene: Scene, rng: np.random.Generator, write: Write = answer_box) -> tuple[str, str]:
     i = int(rng.integers(len(scene.objects)))
-    return f"{DESCRIBE} {answer_box(scene, i)}", f"{scene.objects[i].colour} {scene.objects[i].noun}".strip()
+    box = re.search(r"[\[{].*[\]}]", write(scene, i))[0]  # without the words that a dialect puts around it
+    return f"{DESCRIBE} {box}", f"{scene.objects[i].colour} {scene.objects[i].noun}".strip()
 
 
-def list_question(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
+def list_question(scene: Scene, rng: np.random.Generator, write: Write = answer_box) -> tuple[str, str]:
     ranked = sorted(scene.objects, key=lambda obj: obj.x)
     return LIST, ", ".join(f"{obj.colour} {obj.noun}".strip() for obj in ranked)
 
 
-def presence_question(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
+def presence_question(scene: Scene, rng: np.random.Generator, write: Write = answer_box) -> tuple[str, str]:
     there = {obj.noun for obj in scene.objects}
     yes = rng.random() < 0.5
     pool = sorted(there) if yes else sorted(set(nouns()) - there)
     return f"Is there a {pool[rng.integers(len(pool))]} in the image?", "yes" if yes else "no"
 
 
-def colour_question(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
+def colour_question(scene: Scene, rng: np.random.Generator, write: Write = answer_box) -> tuple[str, str] | None:
     known = [m[0] for name, m in groups(scene) if len(m) == 1 and " " not in name and scene.objects[m[0]].colour]
     if not known:
         return None
@@ -229,7 +234,7 @@ def colour_question(scene: Scene, rng: np.random.Generator) -> tuple[str, str] |
     return f"What color is the {obj.noun}?", obj.colour
 
 
-def count_question(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
+def count_question(scene: Scene, rng: np.random.Generator, write: Write = answer_box) -> tuple[str, str]:
     noun = scene.objects[rng.integers(len(scene.objects))].noun
     if rng.random() < 0.15:
         noun = nouns()[rng.integers(len(nouns()))]
@@ -246,13 +251,15 @@ TASKS = {  # what the language model learns: generator of (question, answer) and
 }
 
 
-def questions(scene: Scene, rng: np.random.Generator, count: int) -> list[tuple[str, str, str]]:
-    """`count` training questions on one scene: (task, question, answer)."""
+def questions(
+    scene: Scene, rng: np.random.Generator, count: int, write: Write = answer_box
+) -> list[tuple[str, str, str]]:
+    """`count` training questions on one scene: (task, question, answer); for "rec" the question is the expression."""
     names, shares = list(TASKS), [share for _, share in TASKS.values()]
     asked: list[tuple[str, str, str]] = []
     while len(asked) < count:
         task = names[rng.choice(len(names), p=shares)]
-        pair = TASKS[task][0](scene, rng)
+        pair = TASKS[task][0](scene, rng, write)
         if pair is not None:
             asked.append((task, *pair))
     return asked

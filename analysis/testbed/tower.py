@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig
+from transformers import CLIPConfig, CLIPModel
 
 IMAGE, PATCH = 192, 16  # pixels: 12 x 12 = 144 visual tokens
 GRID = IMAGE // PATCH
@@ -40,11 +40,46 @@ class ConvStem(nn.Module):
         return self.project(self.steps(pixels))
 
 
-def install_stem(embeddings: nn.Module, config: CLIPVisionConfig) -> None:
-    """Replace the patch embedding of CLIPVisionEmbeddings; silence and freeze its position embedding."""
-    stem = ConvStem(config.stem, config.hidden_size)
-    embeddings.patch_embedding = stem.to(embeddings.position_embedding.weight)
-    nn.init.zeros_(embeddings.position_embedding.weight).requires_grad_(False)
+class NormedStem(ConvStem):
+    """The stem with CLIP's first norm, which EVA has not: so that an EVA tower can hold a tiny CLIP's weights."""
+
+    def __init__(self, channels: list[int], width: int):
+        super().__init__(channels, width)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.norm(super().forward(pixels).movedim(1, -1)).movedim(-1, 1)
+
+
+def install_stem(embeddings: nn.Module, config) -> None:
+    """Replace the patch embedding of a CLIP's or an EVA's embeddings; silence and freeze their position embedding."""
+    clip = isinstance(embeddings.position_embedding, nn.Embedding)
+    position = embeddings.position_embedding.weight if clip else embeddings.position_embedding
+    stem = (ConvStem if clip else NormedStem)(config.stem, config.hidden_size)
+    embeddings.patch_embedding = stem.to(position)
+    nn.init.zeros_(position).requires_grad_(False)
+
+
+@torch.no_grad()
+def eva_from_clip(eva: nn.Module, clip: nn.Module) -> None:
+    """Give transformers' EVA tower (with the stem) the weights of a tiny CLIP's tower; it then computes the same.
+
+    The two differ in names, in EVA's fused queries, keys and values, and in where the first norm stands.
+    """
+    norm, old, new = clip.pre_layrnorm, clip.embeddings, eva.embeddings
+    new.class_embedding.copy_(norm(old.class_embedding)[None, None])  # the position embedding is zero
+    absent, surplus = new.patch_embedding.load_state_dict(old.patch_embedding.state_dict(), strict=False)
+    assert not surplus and all(key.startswith("norm.") for key in absent)
+    new.patch_embedding.norm.load_state_dict(norm.state_dict())
+    for theirs, ours in zip(eva.encoder.layers, clip.encoder.layers, strict=True):
+        attention = ours.self_attn
+        for kind in ("weight", "bias"):
+            parts = [getattr(getattr(attention, f"{letter}_proj"), kind) for letter in "qkv"]
+            getattr(theirs.self_attn.qkv, kind).copy_(torch.cat(parts))
+        theirs.self_attn.projection.load_state_dict(attention.out_proj.state_dict())
+        for name in ("layer_norm1", "layer_norm2", "mlp"):
+            getattr(theirs, name).load_state_dict(getattr(ours, name).state_dict())
+    eva.post_layernorm.load_state_dict(clip.post_layernorm.state_dict())
 
 
 def clip_config(vocab: int, width: int = 128) -> CLIPConfig:

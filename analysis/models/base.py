@@ -1,0 +1,212 @@
+"""What a model offers the rest of the library: encode images once, split a prompt at the image, read an answer.
+
+A family (one file each) is a subclass of `Model` that says how it pads, asks and answers, with a `load` that builds it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import torch
+from PIL import Image
+from PIL.Image import Resampling
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.image_processing_base import ImageProcessingMixin
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+from analysis.models import clip
+from analysis.types import Signals, VisualTokens
+
+# Vicuna's, and of all that is tuned from it
+SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+# CLS attention needs eager attention in the tower; `decode` needs a decoder that takes a 4-D mask.
+ATTENTION = {"vision_config": "eager", "text_config": "sdpa"}
+
+
+def pad_to_square(image: Image.Image, fill: tuple[int, int, int]) -> Image.Image:
+    """The image centred in a square of its longer side, at whole-pixel offsets; the frame "padded" inverts this."""
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), fill)
+    square.paste(image, tuple((side - length) // 2 for length in image.size))
+    return square
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A multimodal model ready to answer.
+
+    name, revision: which weights; grid: rows, columns of visual tokens (of the whole image, where there are tiles);
+    tower, connector: as `encode` takes them; decoder, head, embed: as `decode.greedy` takes them; image_token: ID that
+    stands for the visual tokens in a tokenized prompt; eos: token ID that ends an answer; mean, std: [3] of the tower's
+    input; layer: hidden layer the connector reads; clip: loads the CLIP whose words the tower's patches compare with;
+    chat: the whole prompt, "{}" for a message; max_new_tokens: enough for a box in a 32k vocabulary.
+
+    Of a family: ask_for: message of any question about one image, rec: of a
+    referring expression, both with the image's words `image` in them; dialect, frame, convention: names in
+    `rec.boxes`; fill: RGB of the padding.
+    """
+
+    name: str
+    revision: str
+    grid: tuple[int, int]
+    tower: nn.Module
+    connector: nn.Module
+    decoder: nn.Module
+    head: nn.Module
+    embed: nn.Embedding
+    tokenizer: PreTrainedTokenizerBase
+    image_token: int
+    eos: int
+    layer: int
+    clip: Callable[[], clip.Clip]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    chat: str = f"{SYSTEM} USER: {{}} ASSISTANT:"
+    max_new_tokens: int = 40
+
+    image: ClassVar[str] = "<image>"
+    ask_for: ClassVar[str]
+    rec: ClassVar[str]
+    dialect: ClassVar[str]
+    frame: ClassVar[str]
+    convention: ClassVar[str]
+    fill: ClassVar[tuple[int, int, int]]
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embed.weight.dtype
+
+    def layout(self, size: tuple[int, int]) -> Hashable:
+        """Images whose sizes (width, height) have equal layouts can be encoded in one batch; here all can."""
+        return None
+
+    def squared(self, image: Image.Image) -> Image.Image:
+        """The image as a square, before it is resized to the tower's."""
+        return pad_to_square(image, self.fill)
+
+    def pixels(self, images: Sequence[Image.Image]) -> Tensor:
+        """Input of the tower, [B, 3, S, S]: squared, resized to S = image_size (bicubic), normalised."""
+        side = self.tower.config.image_size
+        squares = [self.squared(image.convert("RGB")).resize((side, side), Resampling.BICUBIC) for image in images]
+        return self.normalised(torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2))
+
+    def normalised(self, raw: Tensor) -> Tensor:
+        """uint8 [B, 3, H, W] as the tower takes it."""
+        mean, std = torch.tensor([self.mean, self.std])[:, :, None, None]
+        return ((raw / 255 - mean) / std).to(self.device, self.dtype)
+
+    @torch.inference_mode()
+    def encode(self, images: Sequence[Image.Image]) -> VisualTokens:
+        """Encode B >= 1 images of one `layout` once, with the signals of `types.Signals` that need no text."""
+        signals = self.look(self.pixels(images))
+        return VisualTokens(self.connector(signals.patches), self.grid, signals, self.connector)
+
+    def look(self, pixels: Tensor) -> Signals:
+        """Run the tower, a CLIP, on [B, 3, S, S]."""
+        hidden = self.tower(pixels, output_hidden_states=True).hidden_states
+        read, before, second_last, last = hidden[self.layer], hidden[self.layer - 1], hidden[-2], hidden[-1]
+        block, final = self.tower.encoder.layers[self.layer - 1], self.tower.encoder.layers[-1]  # `block` makes `read`
+
+        @torch.inference_mode()
+        def cls_attention() -> Tensor:
+            weights = block.self_attn(block.layer_norm1(before))[1]  # [B, heads, 1 + N, 1 + N]
+            return weights[:, :, 0, 1:].mean(dim=1)
+
+        return Signals(
+            patches=lambda: read[:, 1:], cls=lambda: read[:, 0], cls_attention=cls_attention,
+            keys=lambda: final.self_attn.k_proj(final.layer_norm1(second_last)),
+            cls_query=lambda: final.self_attn.q_proj(final.layer_norm1(second_last[:, 0])),
+            clip_patches=lambda: self.clip().patches(self.tower, last),
+        )
+
+    def texts(self, expressions: Sequence[str]) -> dict[str, Callable[[], Tensor]]:
+        """The signals of `types.Signals` that need text, as thunks, for one expression an image."""
+        questions = [self.rec.replace(self.image, "").strip().format(expression) for expression in expressions]
+        return {"clip_text": lambda: self.clip().text(expressions), "clip_prompt": lambda: self.clip().text(questions)}
+
+    def split(self, message: str) -> tuple[Tensor, Tensor]:
+        """Token IDs [P], [S] of the whole prompt before and after the image. ValueError unless it has one image."""
+        # BOS by hand: whether a tokenizer adds it itself depends on how it was saved
+        text = self.tokenizer(self.chat.format(message), add_special_tokens=False).input_ids
+        ids = torch.tensor([self.tokenizer.bos_token_id, *text])
+        (places,) = (ids == self.image_token).nonzero(as_tuple=True)
+        if len(places) != 1:
+            raise ValueError(f"a prompt needs exactly one image token, got {len(places)} in {message!r}")
+        ids = ids.to(self.device)
+        return ids[: places[0]], ids[places[0] + 1 :]
+
+    def ask(self, question: str) -> tuple[Tensor, Tensor]:
+        """`split` for any question about the image."""
+        return self.split(self.ask_for.format(question))
+
+    def prompt(self, expression: str) -> tuple[Tensor, Tensor]:
+        """`split` for the box of a referring expression."""
+        return self.split(self.rec.format(expression))
+
+    def prompt_text(self, expression: str) -> str:
+        """The whole prompt of `prompt` in words."""
+        return self.chat.format(self.rec.format(expression))
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """The answer's text, without special tokens and surrounding white space."""
+        return self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
+
+
+def _normalisation(source: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation [3] from the preprocessor's file, CLIP's where there is none."""
+    try:
+        written = ImageProcessingMixin.get_image_processor_dict(source, local_files_only=True)[0]
+    except OSError:
+        written = {}
+    return tuple(written.get("image_mean", OPENAI_CLIP_MEAN)), tuple(written.get("image_std", OPENAI_CLIP_STD))
+
+
+def feature_layer(config) -> int:
+    """Number of the tower's hidden layer that the connector reads, from 1. ValueError for variants that differ."""
+    layer = config.vision_feature_layer
+    if not isinstance(layer, int) or config.vision_feature_select_strategy != "default":
+        raise ValueError(
+            f"only one feature layer without [CLS] is supported, got vision_feature_layer {layer} and "
+            f"vision_feature_select_strategy {config.vision_feature_select_strategy!r}"
+        )
+    layer = layer % (config.vision_config.num_hidden_layers + 1)
+    if layer == 0:
+        raise ValueError(f"vision_feature_layer {config.vision_feature_layer} is the tower's input")
+    return layer
+
+
+def parts(whole: nn.Module, source: str, name: str, revision: str, device: str) -> dict:
+    """The fields of `Model` that are found alike in all families, from a LLaVA-like model and the folder of its other files.
+
+    Raises ValueError for a tokenizer without BOS or EOS, OSError where a file is missing.
+    """
+    whole = whole.to(device).eval().requires_grad_(False)
+    tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
+    if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
+        raise ValueError(f"{name}: tokenizer_config.json must name bos_token, which begins prompts, and eos_token")
+    mean, std = _normalisation(source)
+    words = getattr(whole.config, "clip", clip.DEFAULT)  # a folder beside the model's, or a Hugging Face name
+    if (beside := Path(source).parent / words).is_dir():
+        words = beside
+    vision = whole.config.vision_config
+    side = vision.image_size // vision.patch_size
+    return dict(
+        name=name, revision=revision, grid=(side, side), tower=whole.model.vision_tower,
+        connector=whole.model.multi_modal_projector, decoder=whole.model.language_model, head=whole.lm_head,
+        embed=whole.get_input_embeddings(), tokenizer=tokenizer, image_token=whole.config.image_token_id,
+        eos=tokenizer.eos_token_id, mean=mean, std=std,
+        clip=cache(lambda: clip.load(words, whole.device, whole.dtype, vision.hidden_size)),
+    )
