@@ -231,22 +231,23 @@ def connected(model: Model, seen: list[Tensor]) -> Tensor:
     return torch.cat([whole.to(newline), torch.cat([tiles[0], newline], 1).flatten(0, 1)])
 
 
-def asked(model: Model, drawn: Scene, rng: np.random.Generator, count: int) -> Iterator[tuple[Tensor, list]]:
+def asked(
+    model: Model, drawn: Scene, rng: np.random.Generator, count: int, alone: bool = False
+) -> Iterator[tuple[Tensor, list]]:
     """Rows of training questions on one scene: (prefix, blocks); questions with the same prefix share a row.
 
-    Where the expression comes before the image (Shikra), half of the scenes are asked one such question, and half
-    several with the image first.
+    alone: one referring expression, in the words of evaluation. Otherwise `count` questions, for which Shikra, whose
+    expressions stand before the image, is asked with the image first.
     """
     def write(scene: Scene, i: int) -> str:
         return answer_box(scene, i, model.frame, model.dialect)
 
+    if alone:
+        if pair := rec_question(drawn, rng, write):
+            yield block(model, model.prompt(pair[0]), pair[1])
+        return
     prompt = model.prompt
     if model.dialect == "shikra":
-        if rng.random() < 0.5:
-            pair = rec_question(drawn, rng, write)
-            if pair is not None:
-                yield block(model, prompt(pair[0]), pair[1])
-                return
         prompt = lambda expression: model.split(IMAGE_FIRST.format(image=model.image).format(expression))  # noqa: E731
     rows: dict[tuple, tuple[Tensor, list]] = {}
     for task, question, answer in questions(drawn, rng, count, write):
@@ -306,8 +307,9 @@ def train_model(name: str, args) -> None:
         pool = train.Pool(start, args.pool, args.fresh, args.workers, prepare, step)
         rng = np.random.default_rng([17, step])
         while True:
-            yield [(seen, prefix, blocks) for drawn, seen in pool.sample(args.batch)
-                   for prefix, blocks in asked(model, drawn, rng, args.questions)], pool.drawn
+            alone = model.dialect == "shikra" and rng.random() < args.alone
+            yield [(seen, prefix, blocks) for drawn, seen in pool.sample(2 * args.batch if alone else args.batch)
+                   for prefix, blocks in asked(model, drawn, rng, args.questions, alone)], pool.drawn
 
     digits = torch.zeros(len(model.tokenizer), dtype=torch.bool, device=args.device)
     digits[model.tokenizer.convert_tokens_to_ids(list("0123456789"))] = True

@@ -292,6 +292,8 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--batch", type=int, default=32, help="images a step")
     parser.add_argument("--questions", type=int, default=6, help="questions on each image (not tiny-clip)")
+    parser.add_argument("--alone", type=float, default=0.5,
+                        help="tiny-shikra: share of the steps that ask with the image after the expression")
     parser.add_argument("--pool", type=int, default=4000, help="scenes kept to draw from")
     parser.add_argument("--fresh", type=int, default=12, help="new scenes a step")
     parser.add_argument("--workers", type=int, default=1, help="processes that draw scenes")
