@@ -1,7 +1,6 @@
 """The LLaVA adapter against transformers' own LLaVA, and the identity law."""
 
 import shutil
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,13 +10,11 @@ from transformers import LlavaForConditionalGeneration
 
 from analysis import models
 from analysis.decode import greedy, prefill
-from analysis.models.base import SYSTEM, pad_to_square
+from analysis.models.base import pad_to_square
 from analysis.models.llava import Llava
 from analysis.positions import assign, layout
 from analysis.pruning import PRUNERS
 from analysis.rec.boxes import FRAMES
-from analysis.testbed import tokenizer as testbed
-from analysis.testbed.grammar import REFER
 from analysis.testbed.tower import install_stem
 from tests import conftest
 
@@ -121,15 +118,6 @@ def test_prompt_is_split_at_the_image(tiny):
     assert tiny.text(suffix[-6:].tolist()) == ": the red cat ASSISTANT :"
     with pytest.raises(ValueError, match="exactly one image token, got 2"):
         tiny.prompt("the <image> cat")
-
-
-def test_the_testbed_is_asked_as_it_was_trained(tiny):
-    words = testbed.build()
-    trained_like = replace(tiny, tokenizer=words, image_token=words.convert_tokens_to_ids("<image>"))
-    prefix, suffix = trained_like.prompt("the cat")
-    trained = words.encode(f"<s>{SYSTEM} USER: ", add_special_tokens=False)
-    after = words.encode(f"\n{REFER} the cat ASSISTANT:", add_special_tokens=False)
-    assert (prefix.tolist(), suffix.tolist()) == (trained, after) and prefix[0] == words.bos_token_id
 
 
 def test_missing_models_name_the_way_out(tmp_path, monkeypatch):

@@ -6,12 +6,13 @@ import re
 import numpy as np
 import pytest
 
+from analysis import models
+from analysis.models.base import SYSTEM
 from analysis.rec import datasets
 from analysis.rec.scoring import check_boxes
 from analysis.testbed import grammar
 from analysis.testbed.scenes import OVERLAP, SPLITS, covered, heldout_region, is_eval_combination, region, scene
 from analysis.testbed.stamps import colours, nouns, plural, stamps
-from analysis.models.base import SYSTEM
 from analysis.testbed.tokenizer import build
 
 VAL = [scene("val", i) for i in range(80)]
@@ -165,10 +166,17 @@ def test_questions_hold_their_answers():
     assert tasks == set(grammar.TASKS)
 
 
-def test_tokenizer_knows_every_word_and_gives_the_text_back():
-    tokenizer, rng = build(), np.random.default_rng(0)
+@pytest.mark.parametrize("family", models.FAMILIES)
+def test_tokenizer_knows_every_word_and_gives_the_text_back(family):
+    tokenizer, rng = build(family), np.random.default_rng(0)
+    assert build().get_vocab().items() <= tokenizer.get_vocab().items()  # so that models can begin as one another
+    dialect = {"shikra": "shikra", "minigpt_v2": "minigpt_v2"}.get(family, "llava")
+
+    def write(scene, i):
+        return grammar.answer_box(scene, i, dialect=dialect)
+
     for drawn in VAL:
-        for _, question, answer in grammar.questions(drawn, rng, 10):
+        for _, question, answer in grammar.questions(drawn, rng, 10, write):
             ids = tokenizer.encode(f"<s>{SYSTEM} USER: <image>\n{question} ASSISTANT: {answer}</s>")
             assert tokenizer.unk_token_id not in ids
             assert ids.count(tokenizer.convert_tokens_to_ids("<image>")) == 1
