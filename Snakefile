@@ -8,12 +8,15 @@ from glob import glob
 RECS = "papermill_runs/10_rec_eval"
 SPLITS = ["refstamps_val", "refstamps_testA", "refstamps_testB", "refstamps+_val", "refstamps+_testA",
           "refstamps+_testB", "refstampsg_val", "refstampsg_test"]
+MODELS = ["tiny-llava", "tiny-llava-wide", "tiny-llava-next", "tiny-shikra", "tiny-minigpt-v2"]
+OF_MODELS = [f"{RECS}/tab4_{model}_{split}.parquet" for model in MODELS for split in SPLITS]
 FIGURES = {  # consumer notebook -> what it reads
     "fig1_collapse": [f"{RECS}/fig1.parquet"],
     "fig2_misalignment": [f"{RECS}/fig2.parquet"],
     "fig3_keep_ratio": [f"{RECS}/fig3.parquet"],
     "fig4_order_and_value": [f"{RECS}/fig4.parquet"],
     "fig5_qualitative": [f"{RECS}/tab1_refstamps_val.parquet"],
+    "fig6_models": OF_MODELS,
     "figA_refstamps": [],
     "figB_testbed": [f"analysis/testbed/checkpoints/{file}"
                      for file in ("tiny-clip/log.csv", "tiny-llava/log.csv", "tiny-llava/probe.csv")],
@@ -22,13 +25,15 @@ TABLES = {
     "tab1_methods": [f"{RECS}/tab1_{split}.parquet" for split in SPLITS],
     "tab2_control": [f"{RECS}/tab1_refstamps_val.parquet", f"{RECS}/tab2.parquet"],
     "tab3_cost": ["papermill_runs/11_cost/tab3.parquet"],
+    "tab4_models": OF_MODELS,
     "tabA_frames": [f"{RECS}/fig1.parquet"],
     "tabB_order_ids": [f"{RECS}/tabB.parquet"],
 }
 DRAWING = ["analysis/style.py", "analysis/published.py", "analysis/stats.py", "analysis/rec/scoring.py"]
 # what can move a row: the code without the drawing, the training and the probe
 ENGINE = sorted(set(glob("analysis/*.py") + glob("analysis/*/*.py")) - set(DRAWING)
-                - {"analysis/testbed/train.py", "analysis/testbed/probe.py"})
+                - {f"analysis/testbed/{name}.py" for name in ("train", "instruct", "grow", "probe")}
+                - {"analysis/models/convert.py", "analysis/models/__main__.py"})
 CHECKPOINTS = glob("analysis/testbed/checkpoints/*/model.safetensors")
 
 
@@ -43,7 +48,7 @@ rule all:
         expand("figures/{name}.{kind}", name=TABLES, kind=["tex", "html", "csv"]),
 
 
-ruleorder: rec_eval_split > rec_eval  # tab1_* have no parameters of their own
+ruleorder: rec_eval_model > rec_eval_split > rec_eval  # tab1_* and tab4_* have no parameters of their own
 
 
 # One thread a job: on models this small two jobs of one thread do almost twice the work of one job of two.
@@ -73,6 +78,21 @@ rule rec_eval_split:
     shell:
         "OMP_NUM_THREADS={threads} papermill {input.notebook} {RECS}/tab1_{wildcards.dataset}_{wildcards.split}.ipynb -k python3 --log-output"
         " -f {input.parameters} -p dataset {wildcards.dataset} -p split {wildcards.split} -p out {output}"
+
+
+# one file for each model and split of table 4, all with the same parameters
+rule rec_eval_model:
+    input:
+        notebook="notebooks/10_rec_eval.ipynb",
+        parameters=f"{RECS}/tab4.yaml",
+        engine=ENGINE,
+        checkpoints=CHECKPOINTS,
+    output:
+        RECS + "/tab4_{model,[^_]+}_{dataset,[^_]+}_{split}.parquet",
+    shell:
+        "OMP_NUM_THREADS={threads} papermill {input.notebook} {RECS}/tab4_{wildcards.model}_{wildcards.dataset}_{wildcards.split}.ipynb"
+        " -k python3 --log-output -f {input.parameters} -p model {wildcards.model} -p dataset {wildcards.dataset}"
+        " -p split {wildcards.split} -p out {output}"
 
 
 rule cost:

@@ -108,6 +108,27 @@ def retention(accuracy: ArrayLike, full: ArrayLike) -> ArrayLike:
     return accuracy / np.where(np.equal(full, 0), np.nan, full)
 
 
+def retained(
+    full: ArrayLike, pruned: ArrayLike, clusters: ArrayLike, level: float = 0.95, resamples: int = 2000, seed: int = 0
+) -> dict[str, float]:
+    """retention = sum(pruned) / sum(full) of aligned scores [n], with low, high (`clustered_interval`'s bootstrap).
+
+    NaN, all three, where a resample may have nothing right to retain (full right in fewer than two clusters).
+    """
+    kept, counted = _cluster_totals(pruned, clusters)[0], _cluster_totals(full, clusters)[0]
+    if (counted > 0).sum() < 2:
+        return dict.fromkeys(("retention", "low", "high"), np.nan)
+
+    def ratio(kept: NDArray, counted: NDArray, axis: int) -> NDArray:
+        total = counted.sum(axis)
+        return np.divide(kept.sum(axis), total, out=np.full(np.shape(total), np.nan), where=total > 0)
+
+    rng = np.random.default_rng(seed)
+    index = rng.integers(len(kept), size=(resamples, len(kept)))
+    low, high = np.nanquantile(ratio(kept[index], counted[index], 1), [(1 - level) / 2, (1 + level) / 2])
+    return {"retention": float(kept.sum() / counted.sum()), "low": float(low), "high": float(high)}
+
+
 def fdr(p_values: ArrayLike) -> NDArray:
     """p values adjusted for the false discovery rate (Benjamini-Hochberg 1995), in the given order."""
     return stats.false_discovery_control(p_values)

@@ -1,6 +1,8 @@
 """The LLaVA adapter against transformers' own LLaVA, and the identity law."""
 
+import runpy
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -130,6 +132,28 @@ def test_missing_models_name_the_way_out(tmp_path, monkeypatch):
         models.load("no-such-owner/no-such-model")
     with pytest.raises(FileNotFoundError, match="safetensors"):
         models.load(tmp_path)
+
+
+def test_what_cannot_be_loaded_says_why(tiny_folder, monkeypatch):
+    with pytest.raises(ValueError, match="a revision names a commit of a Hugging Face model"):
+        models.load(tiny_folder, revision="main")
+    with pytest.raises(ValueError, match="unknown dtype 'float61'; did you mean 'float16'"):
+        models.load(tiny_folder, dtype="float61")
+    with pytest.raises(FileNotFoundError, match=r"\(14.1 GB\) with: hf download llava-hf/llava-1.5-7b-hf --revision abc"):
+        models.load("llava-hf/llava-1.5-7b-hf", revision="abc")
+    with pytest.raises(FileNotFoundError, match="Shikra-7B has to be converted: python -m analysis.models.convert shikra"):
+        models.load("Shikra-7B")
+    assert models.load(tiny_folder, dtype="bfloat16", device="cpu").dtype == torch.bfloat16
+    monkeypatch.setattr(models.psutil, "virtual_memory", lambda: SimpleNamespace(available=10_000))
+    with pytest.raises(MemoryError, match="billion parameters, .* GB as float32, but only 0.0 GB are free on cpu"):
+        models.load(tiny_folder, device="cpu")
+
+
+def test_the_list_of_models(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["python -m analysis.models"])
+    runpy.run_module("analysis.models", run_name="__main__")
+    said = capsys.readouterr().out
+    assert all(name in said for name in [*models.MODELS, *models.KNOWN])
 
 
 def test_weights_that_do_not_fit_are_refused(tiny_folder, tmp_path):

@@ -1,11 +1,14 @@
 """Every notebook through papermill on two images, and what a misspelt parameter does."""
 
+import json
 import subprocess
 import sys
 
+import numpy as np
 import papermill
 import pytest
 import yaml
+from PIL import Image
 
 from analysis import ROOT, models
 from analysis.results import read_rows
@@ -69,6 +72,30 @@ def test_what_is_made_of_the_rows_of_table_1(produced, tmp_path):
     draw("tab1_methods", TABLE, {"rows": [val, produced("tab1", dataset="refstampsg", split="test")]}, tmp_path)
     draw("tab2_control", TABLE, {"rec": val, "words": produced("tab2")}, tmp_path)
     draw("fig5_qualitative", FIGURE, {"rows": val}, tmp_path)
+
+
+def test_what_is_made_of_the_rows_of_several_models(produced, tmp_path):
+    rows = [produced("tab4", dataset="refstamps", split="val"), produced("tab4", dataset="refstampsg", split="test")]
+    draw("tab4_models", TABLE, {"rows": rows}, tmp_path)
+    draw("fig6_models", FIGURE, {"rows": rows}, tmp_path)
+
+
+def test_real_checkpoints(tiny_folder, tmp_path):
+    """A random LLaVA in Hugging Face form, RefCOCO's file names and one of its annotation formats."""
+    rng = np.random.default_rng(0)
+    with open(tmp_path / "REC_refcoco_unc_val.jsonl", "w") as lines:
+        for i, size in enumerate([(64, 48), (48, 64), (50, 50)]):
+            name = f"COCO_train2014_{i:012d}.jpg"
+            Image.fromarray(rng.integers(0, 256, (*size[::-1], 3), dtype=np.uint8)).save(tmp_path / name)
+            for expression in ("left cat", "dog"):
+                line = dict(img_path=name, expression=expression, bbox=[4, 5, 30, 40], width=size[0], height=size[1])
+                lines.write(json.dumps(line | dict(dataset_name="refcoco")) + "\n")
+    given = dict(model=str(tiny_folder), device="cpu", dtype="float32", splits=["val"], annotations=str(tmp_path),
+                 images=str(tmp_path), keep=[0.5], smoke=True)
+    run(ROOT / "notebooks/12_real_checkpoints.ipynb", tmp_path / "made.ipynb", given)
+    rows = read_rows(ROOT / f"papermill_runs/smoke/{tiny_folder.name}_refcoco_val.parquet")
+    assert rows["image_id"].nunique() == 2 and (rows["error"] == "").all()
+    assert set(rows["pruner"]) == {"none", "random", "spatial", "cls_similarity", "text_similarity", "prumerge", "trim"}
 
 
 def test_cost(model, tmp_path):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from analysis.published import PUBLISHED, published
 from analysis.registry import matching
-from analysis.stats import clustered_interval, fdr, paired_cells, paired_difference, retention
+from analysis.stats import clustered_interval, fdr, paired_cells, paired_difference, retained, retention
 
 
 def draws(n=300, images=60, seed=0, spread=0.35):
@@ -187,3 +187,16 @@ def test_published_numbers_have_sources_and_are_found_once():
         published(model="MiniGPTv2", ids="compact")
     with pytest.raises(ValueError, match="unknown column 'modle'; did you mean 'model'"):
         published(modle="LLaVA")
+
+
+def test_retained_is_the_ratio_of_sums_and_its_interval_the_naive_one():
+    full, clusters = draws()
+    pruned = full * (np.random.default_rng(2).random(len(full)) < 0.4)
+    found = retained(full, pruned, clusters, resamples=4000)
+    assert found["retention"] == pruned.sum() / full.sum()
+    rng, names = np.random.default_rng(1), np.unique(clusters)
+    sums = np.array([(pruned[clusters == c].sum(), full[clusters == c].sum()) for c in names])
+    ratios = [kept / right for kept, right in (sums[rng.integers(0, len(names), len(names))].sum(0) for _ in range(4000))]
+    np.testing.assert_allclose([found["low"], found["high"]], np.quantile(ratios, [0.025, 0.975]), atol=0.01)
+    assert retained(full, full, clusters) == {"retention": 1.0, "low": 1.0, "high": 1.0}
+    assert np.isnan(list(retained(0 * full, full, clusters).values())).all()

@@ -1,18 +1,27 @@
-"""Models by name: the embedded tiny ones, a local folder, or a Hugging Face name whose weights are already here."""
+"""Models by name: the embedded tiny ones, a local folder, or a Hugging Face name whose weights are already here.
+
+    python -m analysis.models     # the models that are known, what they need and how to get them
+"""
 
 from __future__ import annotations
 
 import hashlib
+from math import prod
 from pathlib import Path
+from typing import NamedTuple
 
+import psutil
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from safetensors import safe_open
 from transformers import AutoConfig
 
 from analysis.models import llava, llava_next, minigpt_v2, shikra
 from analysis.models.base import ATTENTION, Model
 from analysis.registry import pick
 
-__all__ = ["FAMILIES", "MODELS", "Model", "load"]
+__all__ = ["FAMILIES", "KNOWN", "MODELS", "Model", "load"]
 
 _CHECKPOINTS = Path(__file__).parents[1] / "testbed" / "checkpoints"
 
@@ -21,6 +30,40 @@ MODELS: dict[str, Path] = {name: _CHECKPOINTS / name for name in (
 
 # config.json's model_type -> module with whole_class(config) and assemble(whole, source, name, revision, device)
 FAMILIES = {"llava": llava, "llava_next": llava_next, "shikra": shikra, "minigpt_v2": minigpt_v2}
+
+
+class Known(NamedTuple):
+    """A published model. parameters: billions, tower included; tokens: visual, unpruned; download: GB, None where
+    unknown; licence: of the weights; get: the command, or what to convert."""
+
+    parameters: float
+    tokens: str
+    download: float | None
+    licence: str
+    gated: bool
+    get: str
+
+    @property
+    def memory(self) -> float:
+        """GB of the weights in 16 bits; the cache of a 7B model takes half a MB more for each token of each sequence."""
+        return 2 * self.parameters
+
+
+def _hub(name: str) -> str:
+    return f"hf download {name}"
+
+
+_CONVERT = "python -m analysis.models.convert"
+KNOWN: dict[str, Known] = {
+    "llava-hf/llava-1.5-7b-hf": Known(7.06, "576", 14.1, "Llama 2", False, _hub("llava-hf/llava-1.5-7b-hf")),
+    "llava-hf/llava-1.5-13b-hf": Known(13.35, "576", 26.7, "Llama 2", False, _hub("llava-hf/llava-1.5-13b-hf")),
+    "llava-hf/llava-v1.6-vicuna-7b-hf": Known(
+        7.06, "2340 at 640 x 480", 14.1, "Llama 2", False, _hub("llava-hf/llava-v1.6-vicuna-7b-hf")),
+    "llava-hf/llava-v1.6-mistral-7b-hf": Known(
+        7.57, "2340 at 640 x 480", 15.1, "Apache 2.0", False, _hub("llava-hf/llava-v1.6-mistral-7b-hf")),
+    "Shikra-7B": Known(7.05, "256", None, "LLaMA, non-commercial", True, f"{_CONVERT} shikra --help"),
+    "MiniGPT-v2": Known(7.8, "256", None, "Llama 2", True, f"{_CONVERT} minigpt-v2 --help"),
+}
 
 
 def _digest(folder: Path) -> str:
@@ -32,43 +75,79 @@ def _digest(folder: Path) -> str:
     return digest.hexdigest()[:12]
 
 
-def _missing(name: str) -> str:
+def _missing(name: str, revision: str | None = None) -> str:
     if name in MODELS:
         folder = f"analysis/testbed/checkpoints/{name}"
         return f"the checkpoint of {name!r} is not in {folder}; restore it with: git checkout -- {folder}"
-    return f"{name!r} is no local folder, and its weights are not on this machine; fetch them with: hf download {name}"
+    size = f" ({KNOWN[name].download} GB)" if name in KNOWN else ""
+    return (f"{name!r} is no local folder, and its weights are not on this machine; fetch them{size} with: "
+            f"hf download {name}" + (f" --revision {revision}" if revision else ""))
 
 
-def load(name: str | Path, device: str | None = None, dtype: torch.dtype | None = None) -> Model:
+def _find(name: str, revision: str | None) -> tuple[Path, str]:
+    """The folder of a model, and its revision."""
+    folder = MODELS.get(name, Path(name))
+    if name not in MODELS and not folder.is_dir():
+        if name in KNOWN and name.count("/") != 1:
+            raise FileNotFoundError(f"{name} has to be converted: {KNOWN[name].get}; then give the folder it writes")
+        if name.count("/") != 1:
+            pick(MODELS, name, "model (neither a local folder nor a Hugging Face name owner/model)")
+        try:
+            folder = Path(snapshot_download(name, revision=revision, local_files_only=True))
+        except (LocalEntryNotFoundError, HFValidationError) as error:
+            raise FileNotFoundError(_missing(name, revision)) from error
+        return folder, folder.name
+    if revision is not None:
+        raise ValueError(f"a revision names a commit of a Hugging Face model; {name!r} is a folder on this machine")
+    if not any(folder.glob("*.safetensors")):
+        raise FileNotFoundError(_missing(name) if name in MODELS else f"no *.safetensors in the folder {folder}")
+    return folder, _digest(folder)
+
+
+def _check_memory(folder: Path, name: str, device: str, dtype: torch.dtype) -> None:
+    """Raises MemoryError where the weights alone are more than what is free."""
+    numbers = 0
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as weights:
+            numbers += sum(prod(weights.get_slice(key).get_shape()) for key in weights.keys())
+    needed, cuda = numbers * dtype.itemsize, device.startswith("cuda")
+    free = torch.cuda.mem_get_info(device)[0] if cuda else psutil.virtual_memory().available
+    if needed > free:
+        raise MemoryError(
+            f"{name} has {numbers / 1e9:.2f} billion parameters, {needed / 1e9:.1f} GB as {str(dtype)[6:]}, but only "
+            f"{free / 1e9:.1f} GB are free on {device}; take a larger GPU, a smaller model, or dtype bfloat16"
+        )
+
+
+def load(
+    name: str | Path, revision: str | None = None, dtype: torch.dtype | str | None = None, device: str | None = None
+) -> Model:
     """Load a model for inference; nothing is downloaded.
 
-    name: in `MODELS`, a local folder in Hugging Face form, or a Hugging Face name; device: None takes a GPU if there
-    is one; dtype: None is float32 on the CPU and the checkpoint's own elsewhere. A local model's revision is a digest
-    of its weights, a Hugging Face model's its commit.
-    Raises ValueError for an unknown name or family, FileNotFoundError (with the command to run) for missing weights.
+    name: in `MODELS`, a local folder in Hugging Face form, or a Hugging Face name; revision: branch, tag or commit of a
+    Hugging Face model; dtype: such as torch.bfloat16 or "bfloat16"; None is float32 on the CPU and the checkpoint's own
+    elsewhere; device: None takes a GPU if there is one. A local model's revision is a digest of its weights.
+    Raises ValueError for an unknown name, family or dtype and for weights that do not fit, FileNotFoundError (with the
+    command to run) for missing weights, MemoryError where they cannot fit.
     """
     name = str(name)
-    folder = MODELS.get(name, Path(name))
-    local = folder.is_dir()
-    if not local and name not in MODELS and name.count("/") != 1:
-        pick(MODELS, name, "model (neither a local folder nor a Hugging Face name owner/model)")
-    if local and not any(folder.glob("*.safetensors")) or not local and name in MODELS:
-        raise FileNotFoundError(_missing(name) if name in MODELS else f"no *.safetensors in the folder {folder}")
-    source = str(folder) if local else name
+    folder, found = _find(name, revision)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = dtype or (torch.float32 if device == "cpu" else "auto")
     try:
-        config = AutoConfig.from_pretrained(source, local_files_only=True)
-        revision = _digest(folder) if local else config._commit_hash
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        if isinstance(dtype, str):
+            dtype = pick({kind: getattr(torch, kind) for kind in ("float32", "bfloat16", "float16")}, dtype, "dtype")
+        dtype = dtype or (torch.float32 if device == "cpu" else config.dtype or torch.float32)
+        _check_memory(folder, name, device, dtype)
         family = pick(FAMILIES, config.model_type, "model family")
         build, options = family.whole_class(config)
         whole, info = build.from_pretrained(
-            source, config=config, dtype=dtype, attn_implementation=ATTENTION, local_files_only=True,
+            folder, config=config, dtype=dtype, attn_implementation=ATTENTION, local_files_only=True,
             output_loading_info=True, **options,
         )
         if wrong := {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}:
             raise ValueError(f"{name}: the weights do not fit config.json: {wrong}")
-        shown = folder.resolve().name if local else name
-        return family.assemble(whole, source=source, name=shown, revision=revision, device=device)
+        shown = folder.resolve().name if Path(name).is_dir() or name in MODELS else name
+        return family.assemble(whole, source=str(folder), name=shown, revision=found, device=device)
     except OSError as error:
-        raise FileNotFoundError(f"{folder} is incomplete: {error}" if local else _missing(name)) from error
+        raise FileNotFoundError(f"{folder} is incomplete: {error}") from error

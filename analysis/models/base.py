@@ -51,7 +51,7 @@ class Model:
     chat: the whole prompt, "{}" for a message; max_new_tokens: enough for a box in a 32k vocabulary.
 
     Of a family: ask_for: message of any question about one image, rec: of a
-    referring expression, both with the image's words `image` in them; dialect, frame, convention: names in
+    referring expression, both with the image's words `image` in them; dialect, frame: names in
     `rec.boxes`; fill: RGB of the padding.
     """
 
@@ -78,7 +78,6 @@ class Model:
     rec: ClassVar[str]
     dialect: ClassVar[str]
     frame: ClassVar[str]
-    convention: ClassVar[str]
     fill: ClassVar[tuple[int, int, int]]
 
     @property

@@ -37,7 +37,7 @@ class LlavaNext(base.Model):
 
     ask_for = llava.Llava.ask_for
     rec = llava.Llava.rec
-    dialect, convention = llava.Llava.dialect, llava.Llava.convention
+    dialect = llava.Llava.dialect
 
     def mosaic(self, size: tuple[int, int]) -> tuple[Tensor, int]:
         """For an image of size (width, height): [R, C] which token of all T tiles' lies where, and T."""

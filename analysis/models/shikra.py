@@ -41,7 +41,7 @@ class Shikra(base.Model):
     image = "<im_start><im_patch><im_end>"
     ask_for = f"{image} {{}}"
     rec = f"Can you point out {{}} in the image {image} and provide the coordinates of its location?"
-    dialect, frame, convention = "shikra", "padded", "gt"
+    dialect, frame = "shikra", "padded"
     fill = (255, 255, 255)
 
 

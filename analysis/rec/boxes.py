@@ -66,10 +66,14 @@ FRAMES: dict[str, Frame] = {
 
 
 class Dialect(NamedTuple):
-    """How a model writes a box of fractions: format(box [4]) -> text; parse(text) -> box [4], None if invalid."""
+    """How a model writes a box of fractions: format(box [4]) -> text; parse(text) -> box [4], None if invalid.
+
+    convention: when upstream counts it as correct, a name in `CONVENTIONS`.
+    """
 
     format: Callable[[ArrayLike], str]
     parse: Callable[[str], Boxes | None]
+    convention: str
 
 
 # Possessive quantifiers: no backtracking, so any text takes linear time.
@@ -132,9 +136,9 @@ def parse_minigpt_v2(text: str) -> Boxes | None:
 
 
 DIALECTS: dict[str, Dialect] = {
-    "llava": Dialect(format_llava, parse_llava),
-    "shikra": Dialect(format_shikra, parse_llava),  # differs in decimals and spaces only
-    "minigpt_v2": Dialect(format_minigpt_v2, parse_minigpt_v2),
+    "llava": Dialect(format_llava, parse_llava, "ge"),
+    "shikra": Dialect(format_shikra, parse_llava, "gt"),  # differs in decimals and spaces only
+    "minigpt_v2": Dialect(format_minigpt_v2, parse_minigpt_v2, "plus_one"),
 }
 
 

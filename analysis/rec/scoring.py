@@ -68,16 +68,18 @@ def score_words(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.assign(iou=np.nan, correct=said == rows["answer"].str.lower(), invalid=said == "")
 
 
-def score(rows: pd.DataFrame, frame: str | None = None, convention: str = "ge") -> pd.DataFrame:
+def score(rows: pd.DataFrame, frame: str | None = None, convention: str | None = None) -> pd.DataFrame:
     """A copy of rows with px1, py1, px2, py2 (predicted pixels, NaN if invalid), iou, correct and invalid.
 
     frame: the frame the answers are read in, a name in `FRAMES`; None takes each row's own, which is right;
-    "original" reproduces lmms-eval. convention: a name in `CONVENTIONS`. An invalid answer has iou 0 and is a miss.
+    "original" reproduces lmms-eval. convention: a name in `CONVENTIONS`; None takes the one of each row's dialect. An
+    invalid answer has iou 0 and is a miss.
     Raises ValueError for missing columns or answers, unknown names and impossible ground truth.
     """
     _require(rows, ["raw", "dialect", *(["frame"] if frame is None else [])])
     check_boxes(rows)
-    pick(CONVENTIONS, convention, "IoU convention")
+    if convention is not None:
+        pick(CONVENTIONS, convention, "IoU convention")
     if (unanswered := rows["raw"].isna()).any():
         first = rows["ref_id"][unanswered].iloc[0]
         raise ValueError(f"{unanswered.sum()} rows have no raw answer, first: ref_id {first}; an empty answer is ''")
@@ -85,7 +87,9 @@ def score(rows: pd.DataFrame, frame: str | None = None, convention: str = "ge") 
     frames = rows["frame"] if frame is None else pd.Series(frame, index=rows.index)
     for name, here in _by_name(frames):
         pixels[here] = pick(FRAMES, name, "frame").decode(fractions[here], sizes[here])
-    overlap, correct = hit(pixels, rows[TRUTH].to_numpy(np.float64), convention)
+    overlap, correct = np.zeros(len(rows)), np.zeros(len(rows), dtype=bool)
+    for name, here in _by_name(rows["dialect"].map(lambda dialect: convention or DIALECTS[dialect].convention)):
+        overlap[here], correct[here] = hit(pixels[here], rows[TRUTH].to_numpy(np.float64)[here], name)
     scores = {"iou": overlap, "correct": correct, "invalid": np.isnan(pixels[:, 0])}
     return rows.assign(**dict(zip(PREDICTION, pixels.T)), **scores)
 
