@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from transformers import Cache, LlamaConfig, LlamaModel
 
 from analysis.decode import causal_mask, prefill

@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from analysis import results
 from analysis.decode import begin, greedy

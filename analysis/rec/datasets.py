@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pandas as pd
 from PIL import Image
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from ..registry import pick
 from ..testbed.grammar import control_questions, expressions

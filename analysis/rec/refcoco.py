@@ -21,7 +21,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from analysis.rec.scoring import SIZE, TRUTH, check_boxes
 from analysis.registry import pick

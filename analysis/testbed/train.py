@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from .. import ROOT
 from ..models import MODELS
 from ..models.base import pad_to_square
