@@ -18,8 +18,8 @@ FIGURES = {  # consumer notebook -> what it reads
     "fig5_qualitative": [f"{RECS}/tab1_refstamps_val.parquet"],
     "fig6_models": OF_MODELS,
     "figA_refstamps": [],
-    "figB_testbed": [f"analysis/testbed/checkpoints/{file}"
-                     for file in ("tiny-clip/log.csv", "tiny-llava/log.csv", "tiny-llava/probe.csv")],
+    "figB_testbed": ["analysis/testbed/checkpoints/tiny-clip/log.csv"]
+                    + [f"analysis/testbed/checkpoints/{model}/{file}" for model in MODELS for file in ("log.csv", "probe.csv")],
 }
 TABLES = {
     "tab1_methods": [f"{RECS}/tab1_{split}.parquet" for split in SPLITS],

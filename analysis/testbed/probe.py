@@ -20,6 +20,7 @@ from torch import Tensor
 from ..decode import causal_mask
 from ..models import MODELS, load
 from ..positions import assign, layout
+from ..pruning import none, select
 from ..rec import datasets
 
 
@@ -34,25 +35,27 @@ def ridge_r2(train: Tensor, test: Tensor, target_train: Tensor, target_test: Ten
 
 
 @torch.no_grad()
-def probe(name: str, images: int = 120, seed: int = 0) -> pd.DataFrame:
+def probe(name: str, images: int = 100, seed: int = 0) -> pd.DataFrame:
     """R^2 by place and kind of IDs; columns place, ids, row, column."""
     model = load(name)
     data = datasets.load("refstamps", "val", limit=images)
     pictures = [data.image(i) for i in data.rows.image_id.unique()]
-    visual = model.encode(pictures)
-    count, (rows, columns) = visual.features.shape[1], visual.grid
+    seen = [model.encode([picture]) for picture in pictures]  # one by one: their layouts may differ
+    count, columns = seen[0].features.shape[1], seen[0].grid[1]  # of the whole image, where there are tiles besides
     prefix, _ = model.prompt("dog")
-    places = {("tower", "none"): visual.signals.patches, ("connector", "none"): visual.features}
+    places = {("tower", "none"): torch.cat([visual.signals.patches for visual in seen]),
+              ("connector", "none"): torch.cat([visual.features for visual in seen])}
     for label, spec in (("right", "original"), ("shuffled", "shuffled")):
         states = []
-        for i, features in enumerate(visual.features):
-            ids = assign(torch.arange(count), count, spec, seed + i)
+        for i, visual in enumerate(seen):
+            features = select(none.prune, visual, None, [seed])[0].features
+            ids = assign(torch.arange(len(features)), len(features), spec, seed + i)
             embeds = torch.cat([model.embed(prefix), features])[None]
             positions = layout(len(prefix), *ids, 0)[None]
             mask = causal_mask(torch.ones(1, embeds.shape[1], dtype=torch.bool), embeds.dtype)
-            seen = model.decoder(inputs_embeds=embeds, position_ids=positions, attention_mask=mask,
-                                 output_hidden_states=True, use_cache=False)
-            states.append(torch.stack([h[0, len(prefix):] for h in seen.hidden_states]))
+            out = model.decoder(inputs_embeds=embeds, position_ids=positions, attention_mask=mask,
+                                output_hidden_states=True, use_cache=False)
+            states.append(torch.stack([h[0, len(prefix):][:count] for h in out.hidden_states]))
         for block, hidden in enumerate(torch.stack(states, 1)):
             places[f"language model, block {block}" if block else "language model, input", label] = hidden
     where = torch.stack([torch.arange(count) // columns, torch.arange(count) % columns], 1).float()
@@ -67,7 +70,7 @@ def probe(name: str, images: int = 120, seed: int = 0) -> pd.DataFrame:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default="tiny-llava")
-    parser.add_argument("--images", type=int, default=120)
+    parser.add_argument("--images", type=int, default=100)
     args = parser.parse_args()
     found = probe(args.model, args.images).round(3)
     print(found.to_string(index=False))
