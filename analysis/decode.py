@@ -138,8 +138,9 @@ def greedy(
     eos: int | set[int],
     context: Context | None = None,
     padding: Padding = "left",
-) -> list[list[int]]:
-    """Greedy continuation of each sequence, at most max_new_tokens long, without eos and what would follow.
+) -> list[list[int] | None]:
+    """Greedy continuation of each sequence, at most max_new_tokens long, without eos and what would follow; None where
+    a logit was not a number.
 
     embed: the decoder's token embedding; context: what each sequence comes after, as `begin` makes it; other arguments
     and errors as for `prefill`, and ValueError unless max_new_tokens >= 1. Sequences that ended leave the batch.
@@ -152,9 +153,11 @@ def greedy(
     ends = torch.tensor([eos] if isinstance(eos, int) else sorted(eos), device=device)
     rows = torch.arange(len(logits), device=device)  # which sequence each row of the shrinking batch is
     tokens = torch.full((len(rows), max_new_tokens), -1, device=device)  # -1: nothing generated here
+    sane = torch.ones(len(rows), dtype=torch.bool, device=device)
 
     for step in range(max_new_tokens):
         token = logits.argmax(dim=-1)
+        sane[rows] &= ~logits.isnan().any(dim=-1)
         going = (~torch.isin(token, ends)).nonzero().squeeze(1)  # the only point where a GPU waits for the host
         if len(going) < len(rows):
             rows, token, next_id, valid = rows[going], token[going], next_id[going], valid[going]
@@ -173,4 +176,4 @@ def greedy(
         )
         logits = head(out.last_hidden_state[:, -1])
         next_id = next_id + 1
-    return [[token for token in row if token >= 0] for row in tokens.tolist()]
+    return [[token for token in row if token >= 0] if ok else None for row, ok in zip(tokens.tolist(), sane.tolist())]

@@ -7,6 +7,7 @@ which other cells run nor on where a killed run was taken up again.
 
 from __future__ import annotations
 
+import time
 import zlib
 from collections.abc import Hashable, Iterator, Sequence
 from itertools import product
@@ -123,41 +124,62 @@ def _place(selection: Selection, n: int, cell: Cell, seed: int) -> tuple[Tensor,
     return selection.features, assign(selection.origin, n, cell.ids, seed)
 
 
+def _out_of_memory(model: Model, size: int, what: str) -> int:
+    """Half of `size`, with a word to the user. RuntimeError where one is already too many."""
+    if size <= 1:
+        raise RuntimeError(f"out of memory on {model.device} with a single {what.removesuffix('s')}; take a GPU with "
+                           "more memory or a smaller model")
+    if model.device.type == "cuda":
+        torch.cuda.empty_cache()
+    tqdm.write(f"out of memory on {model.device}: going on with {size // 2} {what} at a time")
+    return size // 2
+
+
 @torch.inference_mode()
+def _answer(
+    model: Model, placed: dict[Any, tuple[Tensor, Ids]], prompts: dict[Any, tuple[Tensor, Tensor]]
+) -> list[list[int] | None]:
+    """The tokens that answer one batch; arguments by row index. Rows that hold the same tuple share their prefill."""
+    shared, owner, questions = {}, [], []
+    for row, (features, ids) in placed.items():
+        prefix, suffix = prompts[row]
+        positions = layout(len(prefix), ids.visual, ids.text, len(suffix))
+        before, after = positions.tensor_split([len(prefix) + len(features)])
+        key = id(features), tuple(prefix.tolist())  # in some prompts the expression comes before the image
+        if key not in shared:
+            shared[key] = len(shared), torch.cat([model.embed(prefix), features]), before
+        owner.append(shared[key][0])
+        questions.append((model.embed(suffix), after))
+    _, beginnings, their_ids = zip(*shared.values())
+    context = begin(model.decoder, beginnings, their_ids, owner)
+    return greedy(model.decoder, model.head, *zip(*questions), embed=model.embed, max_new_tokens=model.max_new_tokens,
+                  eos=model.eos, context=context)
+
+
 def _answers(
     model: Model, placed: dict[Any, tuple[Tensor, Ids]], prompts: dict[str, tuple[Tensor, Tensor]], rows: pd.DataFrame,
-    batch_size: int, bar: tqdm,
-) -> pd.Series:
-    """The model's text for each row, "" where there is no image, in batches of similar length.
+    sizes: dict[str, int], bar: tqdm,
+) -> tuple[pd.Series, pd.Series]:
+    """The model's text for each row, "" where there is none, and why there is none, in batches of similar length.
 
-    placed: by row index; rows that hold the same tuple share their image's prefill.
+    placed: by row index; sizes: "expressions", how many are answered together, which falls when memory runs out.
     """
-    raw = pd.Series("", index=rows.index)
+    raw, errors = (pd.Series("", index=rows.index) for _ in range(2))
     todo = sorted(placed, key=lambda row: len(placed[row][0]))  # stable: the rows of an image stay together
-    for start in range(0, len(todo), batch_size):
-        part, shared, owner, questions = todo[start : start + batch_size], {}, [], []
-        for row in part:
-            (features, ids), (prefix, suffix) = placed[row], prompts[rows["expression"][row]]
-            positions = layout(len(prefix), ids.visual, ids.text, len(suffix))
-            before, after = positions.tensor_split([len(prefix) + len(features)])
-            key = id(features), tuple(prefix.tolist())  # in some prompts the expression comes before the image
-            if key not in shared:
-                shared[key] = len(shared), torch.cat([model.embed(prefix), features]), before
-            owner.append(shared[key][0])
-            questions.append((model.embed(suffix), after))
-        _, beginnings, their_ids = zip(*shared.values())
+    while todo:
+        part = todo[: sizes["expressions"]]
         try:
-            context = begin(model.decoder, beginnings, their_ids, owner)
-            tokens = greedy(
-                model.decoder, model.head, *zip(*questions), embed=model.embed, max_new_tokens=model.max_new_tokens,
-                eos=model.eos, context=context,
-            )
-        except torch.OutOfMemoryError as error:
-            raise RuntimeError(f"out of GPU memory with batch_size={batch_size}; give a smaller one") from error
-        raw[part] = [model.text(answer) for answer in tokens]
+            tokens = _answer(model, {row: placed[row] for row in part},
+                             {row: prompts[rows["expression"][row]] for row in part})
+        except torch.OutOfMemoryError:
+            sizes["expressions"] = _out_of_memory(model, len(part), "expressions")
+            continue
+        raw[part] = ["" if answer is None else model.text(answer) for answer in tokens]
+        errors[part] = ["the model's logits are not numbers (NaN)" if answer is None else "" for answer in tokens]
+        todo = todo[len(part) :]
         bar.update(len(part))
-    bar.update(len(rows) - len(todo))
-    return raw
+    bar.update(len(rows) - len(placed))
+    return raw, errors
 
 
 def needs_text(model: Model, prune: Pruner, keep: float | None) -> bool:
@@ -170,13 +192,23 @@ def needs_text(model: Model, prune: Pruner, keep: float | None) -> bool:
     return bool(blank.signals.asked & Signals.TEXT)
 
 
-def _encode(model: Model, images: dict[Any, Image.Image]) -> Iterator[tuple[list, VisualTokens]]:
-    """(IDs, tokens) of the images, one batch for each layout."""
+def _encode(
+    model: Model, images: dict[Any, Image.Image], sizes: dict[str, int]
+) -> Iterator[tuple[list, VisualTokens]]:
+    """(IDs, tokens) of the images, in batches of one layout. sizes: as for `_answers`, "images"."""
     layouts: dict[Hashable, list] = {}
     for image_id, image in images.items():
         layouts.setdefault(model.layout(image.size), []).append(image_id)
-    for image_ids in layouts.values():
-        yield image_ids, model.encode([images[image_id] for image_id in image_ids])
+    for todo in layouts.values():
+        while todo:
+            part = todo[: sizes["images"]]
+            try:
+                visual = model.encode([images[image_id] for image_id in part])
+            except torch.OutOfMemoryError:
+                sizes["images"] = _out_of_memory(model, len(part), "images")
+                continue
+            yield part, visual
+            todo = todo[len(part) :]
 
 
 def _select(
@@ -201,11 +233,11 @@ def _select(
 
 def _pieces(
     model: Model, dataset: RecDataset, rows: pd.DataFrame, missing: Sequence[Cell], by_text: dict[tuple, bool],
-    batch_size: int, bar: tqdm,
+    sizes: dict[str, int], bar: tqdm,
 ) -> Iterator[tuple[Cell, pd.DataFrame]]:
     """The finished rows of one chunk, cell by cell."""
     images, errors = _readable(dataset, rows)
-    encoded = list(_encode(model, images))
+    encoded = list(_encode(model, images, sizes))
     lengths = {image_id: visual.length for image_ids, visual in encoded for image_id in image_ids}
     ask = model.ask if "answer" in rows else model.prompt
     prompts = {expression: ask(expression) for expression in rows["expression"].unique()}
@@ -214,17 +246,19 @@ def _pieces(
         key = (cell.pruner, cell.keep, cell.seed)
         if key not in made:
             made[key] = {row: selection for image_ids, visual in encoded for row, selection in
-                         _select(model, visual, image_ids, rows, cell, by_text[key[:2]], batch_size).items()}
+                         _select(model, visual, image_ids, rows, cell, by_text[key[:2]], sizes["expressions"]).items()}
         once = {id(selection): (selection, rows["image_id"][row]) for row, selection in made[key].items()}
         done = {name: _place(selection, lengths[i], cell, image_seed(cell.seed, i))
                 for name, (selection, i) in once.items()}
         placed = {row: done[id(selection)] for row, selection in made[key].items()}
         whose = dict(model=model.name, revision=model.revision, dataset=dataset.name, split=dataset.split)
+        raw, failed = _answers(model, placed, prompts, rows, sizes, bar)
         answered = dict(
-            raw=_answers(model, placed, prompts, rows, batch_size, bar), dialect=model.dialect, frame=model.frame,
+            raw=raw, dialect=model.dialect, frame=model.frame,
             **cell.columns(),
             tokens=[float(len(placed[row][0])) if row in placed else float("nan") for row in rows.index],
-            tokens_full=[float(lengths.get(i, "nan")) for i in rows["image_id"]], error=[errors.get(i, "") for i in rows["image_id"]],
+            tokens_full=[float(lengths.get(i, "nan")) for i in rows["image_id"]],
+            error=[errors.get(i, "") for i in rows["image_id"]] + failed,
         )
         table = pd.DataFrame(whose, index=rows.index).join(rows[_columns(rows)]).assign(**answered)
         yield cell, table.astype({"keep": float}).reset_index(drop=True)
@@ -236,16 +270,19 @@ def _device(model: Model) -> str:
 
 def evaluate(
     model: Model, dataset: RecDataset, grid: Sequence[Cell], out: str | Path, *,
-    batch_size: int = 32, chunk: int = 25, progress: bool = True,
+    batch_size: int = 32, chunk: int = 25, max_failed: float = 0.05, progress: bool = True,
 ) -> pd.DataFrame:
     """Answer every expression in every cell; write the rows to `out` (Parquet) and return them, cell by cell.
 
-    chunk: images encoded together. A killed run goes on where it stopped, and a finished one is read back; delete
+    batch_size: expressions answered together; chunk: images encoded together; both are halved where memory runs out. A
+    killed run goes on where it stopped, and a finished one is read back; delete
     `out` and `<out>.parts` after a change of code, which is not noticed, unlike one of model, data or settings.
-    Expressions of an unreadable image have raw "", tokens NaN and the reason in the column "error".
+    Expressions of an unreadable image have raw "", tokens NaN and the reason in the column "error", those whose logits
+    are not numbers raw "" and that reason. max_failed: share of all rows that may fail so; beyond it the run stops.
     Everything is checked before work starts: ValueError for bad cells, for data that are empty, incomplete,
     repeated or impossible, and for a pruner that cannot run on this model or with this keep ratio.
-    RuntimeError when GPU memory runs out.
+    RuntimeError beyond `max_failed`, when one expression alone needs more memory than there is, and while another
+    process works on the same `out`.
     """
     out, grid = Path(out), list(dict.fromkeys(grid))
     check(grid)
@@ -269,17 +306,29 @@ def evaluate(
     key = results.fingerprint({k: v for k, v in settings.items() if k != "commit"})
     whole = settings | {"cells": [cell.columns() for cell in grid]}
     whole["fingerprint"] = results.fingerprint([key, whole["cells"]])
-    if (rows := results.finished(out, whole["fingerprint"])) is None:
-        rows = _run(model, dataset, grid, by_text, out, key, whole, batch_size, chunk, progress)
-    results.remove_parts(out)
-    unreadable = rows.loc[rows["error"] != "", "image_id"].nunique()
-    print(f"{out.name}: {len(rows)} rows, {rows['image_id'].nunique()} images, {unreadable} of them unreadable")
+    begun = time.monotonic()
+    with results.alone(out):
+        if (rows := results.finished(out, whole["fingerprint"])) is None:
+            rows = _run(model, dataset, grid, by_text, out, key, whole, batch_size, chunk, max_failed, progress)
+        results.remove_parts(out)
+    print(_summary(model, out, rows, time.monotonic() - begun))
     return rows
+
+
+def _summary(model: Model, out: Path, rows: pd.DataFrame, seconds: float) -> str:
+    """What a run has done, in a few lines; reasons of failure are counted."""
+    lines = [f"{out.name}: {len(rows)} rows, {rows['image_id'].nunique()} images, {seconds:.1f} s, "
+             f"{len(rows) / max(seconds, 1e-3):.0f} expressions/s"]
+    if model.device.type == "cuda":
+        lines[0] += f", peak memory {torch.cuda.max_memory_allocated(model.device) / 1e9:.1f} GB"
+    failed = rows.loc[rows["error"] != "", "error"]
+    lines += [f"failed: {count} rows: {reason}" for reason, count in failed.value_counts().head(5).items()]
+    return "\n".join(lines)
 
 
 def _run(
     model: Model, dataset: RecDataset, grid: list[Cell], by_text: dict[tuple, bool], out: Path, key: str,
-    provenance: dict, batch_size: int, chunk: int, progress: bool,
+    provenance: dict, batch_size: int, chunk: int, max_failed: float, progress: bool,
 ) -> pd.DataFrame:
     """Work off the pieces that have no part yet, then merge."""
     data = dataset.rows.reset_index(drop=True)
@@ -289,10 +338,20 @@ def _run(
     def part(number: int, cell: Cell) -> Path:
         return results.parts_folder(out) / f"{number:05d}-{results.fingerprint(cell.columns())}.parquet"
 
+    sizes, failed, reason = {"expressions": batch_size, "images": chunk}, 0, ""
     with tqdm(total=len(data) * len(grid), unit=" expressions", disable=not progress) as bar:
         for number, rows in enumerate(chunks):
-            missing = [cell for cell in grid if results.finished(part(number, cell), key) is None]
-            bar.update(len(rows) * (len(grid) - len(missing)))
-            for cell, table in _pieces(model, dataset, rows, missing, by_text, batch_size, bar) if missing else ():
+            done = {cell: results.finished(part(number, cell), key) for cell in grid}
+            missing = [cell for cell in grid if done[cell] is None]
+            tables = [table for table in done.values() if table is not None]
+            bar.update(sum(map(len, tables)))
+            for cell, table in _pieces(model, dataset, rows, missing, by_text, sizes, bar) if missing else ():
                 results.write_rows(part(number, cell), table, {"fingerprint": key})
+                tables.append(table)
+            errors = pd.concat(table["error"] for table in tables)
+            failed, reason = failed + (errors != "").sum(), max(errors, default="") or reason
+            if failed > max_failed * bar.total:
+                raise RuntimeError(
+                    f"{failed} of {bar.total} rows have failed, more than the share max_failed={max_failed}; one reason: "
+                    f"{reason}. The rows so far are kept: mend the cause, or give a larger max_failed, and run again")
     return results.merge(out, [part(i, cell) for cell in grid for i in range(len(chunks))], provenance)

@@ -13,13 +13,15 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pyarrow as pa
+from filelock import FileLock, Timeout
 from pyarrow import parquet
 
 from analysis import ROOT
@@ -100,6 +102,18 @@ def finished(path: Path, key: str) -> pd.DataFrame | None:
     except (FileNotFoundError, ValueError):
         return None
     return rows if made.get("fingerprint") == key else None
+
+
+@contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """Hold `out` for this process, until it ends in whatever way. RuntimeError while another one holds it."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(out.with_name(f".{out.name}.lock"))
+    try:
+        with lock.acquire(timeout=0):
+            yield
+    except Timeout:
+        raise RuntimeError(f"another process is working on {out}; wait for it, or give another file") from None
 
 
 def parts_folder(out: Path) -> Path:

@@ -168,12 +168,14 @@ def test_signals_of_the_mosaic_are_its_tiles_own(model, size):
 
 @pytest.mark.parametrize("size", SIZES)
 def test_identity_law(model, size):
-    full, kept, fewer = (prefill(model.decoder, model.head, *zip(sequence(model, noise(*size), "cup", *how)))[0] for how in [
-        ("none", None, "original"), ("random", 1, "original", "raster"), ("random", 0.5, "original", "raster")])
+    ways = ("none", None, "original"), ("random", 1, "original", "raster"), ("random", 0.5, "original", "raster")
+    full, kept, fewer = (prefill(model.decoder, model.head, *zip(sequence(model, noise(*size), "cup", *way)))[0]
+                         for way in ways)
     assert torch.equal(full, kept) and not torch.allclose(full, fewer)
 
 
-@pytest.mark.parametrize("name", ["random", "spatial", "cls_similarity", "fastervlm", "divprune", "prumerge", "visionzip"])
+@pytest.mark.parametrize("name", [
+    "random", "spatial", "cls_similarity", "fastervlm", "divprune", "prumerge", "visionzip"])
 @given(st.sampled_from(SIZES), st.floats(0.01, 1), st.integers(0, 2**32))
 @settings(max_examples=25)
 def test_newlines_stay_with_their_rows(model, encoded, name, size, keep, seed):
