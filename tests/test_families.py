@@ -1,5 +1,6 @@
 """The Shikra and MiniGPT-v2 adapters against plain forward passes written from the papers' protocols; EVA from CLIP."""
 
+from itertools import takewhile
 from types import SimpleNamespace
 
 import numpy as np
@@ -122,13 +123,13 @@ def test_unpruned_equals_the_plain_forward(case):
         assert ours.keys() == theirs.keys() and all(ours[name].equal(theirs[name]) for name in ours)
     visual, expected = model.encode(IMAGES), features(case, model.pixels(IMAGES))
     torch.testing.assert_close(visual.features, expected, atol=1e-3 if case.family == "shikra" else 1e-5, rtol=1e-4)
-    assert visual.grid == (4, 4) if case.family == "shikra" else (8, 2)
+    assert visual.grid == ((4, 4) if case.family == "shikra" else (8, 2))
     llama = LlamaForCausalLM(whole.config.text_config).eval()
     llama.model, llama.lm_head = whole.model.language_model, whole.lm_head
-    with torch.inference_mode():
-        embeds = [torch.cat([model.embed(ids) for ids in model.prompt(expression)[:1]] + [image] +
-                            [model.embed(ids) for ids in model.prompt(expression)[1:]])
-                  for expression, image in zip(EXPRESSIONS, visual.features)]
+    embeds = []
+    for expression, image in zip(EXPRESSIONS, visual.features):
+        before, after = map(model.embed, model.prompt(expression))
+        embeds.append(torch.cat([before, image, after]))
     ids = [torch.arange(len(one)) for one in embeds]
     logits = prefill(model.decoder, model.head, embeds, ids)[0]
     answers = greedy(model.decoder, model.head, embeds, ids, embed=model.embed, max_new_tokens=NEW, eos=model.eos)
@@ -139,7 +140,7 @@ def test_unpruned_equals_the_plain_forward(case):
         with torch.inference_mode():
             torch.testing.assert_close(logits[i], llama(**given).logits[0, -1], atol=1e-4, rtol=0)
         said = llama.generate(**given, max_new_tokens=NEW, do_sample=False)[0].tolist()
-        assert answers[i] == [t for t in said if t not in (model.eos, 0)]
+        assert answers[i] == list(takewhile(lambda token: token != model.eos, said))
     assert answers[0] != answers[1]
 
 
@@ -194,9 +195,9 @@ def test_eva_from_clip_computes_the_same():
     vision = clip.config
     eva = Blip2VisionModel(Blip2VisionConfig(
         hidden_size=32, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4, image_size=192, patch_size=16,
-        hidden_act=vision.hidden_act, layer_norm_eps=vision.layer_norm_eps, stem=vision.stem)).eval()
+        hidden_act=vision.hidden_act, layer_norm_eps=vision.layer_norm_eps, stem=vision.stem))
     install_stem(eva.embeddings, eva.config)
-    eva_from_clip(eva, clip)
+    eva_from_clip(eva.eval(), clip)
     pixels = torch.randn(2, 3, 192, 192)
     ours, theirs = (tower(pixels, output_hidden_states=True) for tower in (eva, clip))
     assert len(ours.hidden_states) == len(theirs.hidden_states) == 5

@@ -1,0 +1,164 @@
+"""The command line: python -m analysis run | resume | status | doctor
+
+`run` executes a producer notebook with papermill, as `make paper` does; the executed notebook beside the rows is the log.
+Exit codes: 0 all is well, 1 something failed or is not as it should be, 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import shutil
+import sys
+import tomllib
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import pandas as pd
+import psutil
+import yaml
+from packaging.requirements import Requirement
+
+from analysis import ROOT, results
+
+RUNS = ROOT / "papermill_runs"
+PRODUCERS = ("10_rec_eval", "11_cost", "12_real_checkpoints")
+
+
+def _execute(notebook: str, log: Path, parameters: dict) -> int:
+    """Run a producer; its executed copy goes to `log`. 0, or 1 after a failure, whose message is printed."""
+    import papermill  # slow to import, and seldom needed
+    from papermill.exceptions import PapermillExecutionError
+
+    log.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        papermill.execute_notebook(ROOT / "notebooks" / f"{notebook}.ipynb", log, parameters, kernel_name="python3",
+                                   cwd=ROOT, log_output=True, progress_bar=False, stdout_file=sys.stdout,
+                                   stderr_file=sys.stderr)
+    except PapermillExecutionError as error:
+        print(f"\n{error.ename}: {error.evalue}\nThe log is {log}", file=sys.stderr)
+        return 1
+    print(f"the log is {log}")
+    return 0
+
+
+def run(args: argparse.Namespace) -> int:
+    """Make the rows of a parameter file, or of the parameters given."""
+    given, folder = {}, RUNS / args.notebook
+    if args.key:
+        known = {path.stem: path for path in folder.glob("*.yaml")}
+        if args.key not in known:
+            print(f"{folder} has no {args.key}.yaml; it has: {', '.join(sorted(known)) or 'none'}", file=sys.stderr)
+            return 2
+        given = yaml.safe_load(known[args.key].read_text()) | {"out": str(folder / f"{args.key}.parquet")}
+    given |= {name: yaml.safe_load(value) for name, value in args.parameter}
+    name = Path(given["out"]).stem if isinstance(given.get("out"), str) else "latest"
+    return _execute(args.notebook, folder / f"{name}.ipynb", given)
+
+
+def _unfinished() -> list[Path]:
+    return sorted(RUNS.glob("*/*.parts"))
+
+
+def resume(args: argparse.Namespace) -> int:
+    """Go on with every run that was killed, under the parameters that its log holds."""
+    import nbformat
+
+    code = 0
+    for parts in _unfinished():
+        log = parts.with_name(parts.name.removesuffix(".parquet.parts") + ".ipynb")
+        if not log.is_file():
+            print(f"{parts} has no log {log.name} that says how it was run; run it again as before", file=sys.stderr)
+            code = 1
+            continue
+        made = nbformat.read(log, as_version=4).metadata.papermill
+        print(f"going on with {parts.name.removesuffix('.parts')}")
+        code |= _execute(Path(made.input_path).stem, log, dict(made.parameters))
+    if not _unfinished() and not code:
+        print("nothing is unfinished")
+    return code
+
+
+def status(args: argparse.Namespace) -> int:
+    """List the rows that are there, and what is unfinished."""
+    found = []
+    for path in sorted(RUNS.glob("*/*.parquet")):
+        try:
+            rows = results.read_rows(path)
+        except ValueError as error:
+            found.append(dict(file=path.relative_to(RUNS), state=str(error)))
+            continue
+        about = dict(file=path.relative_to(RUNS), state="whole", rows=len(rows), model=", ".join(rows["model"].unique()))
+        if "error" in rows:
+            about |= dict(images=rows["image_id"].nunique(), failed=(rows["error"] != "").sum())
+        found.append(about)
+    found += [dict(file=path.relative_to(RUNS), state=f"unfinished, {len(list(path.glob('*.parquet')))} parts")
+              for path in _unfinished()]
+    print(pd.DataFrame(found).astype(object).fillna("").to_string(index=False) if found else f"no rows in {RUNS}; make paper writes them")
+    return int(any(about["state"] != "whole" for about in found))
+
+
+def doctor(args: argparse.Namespace) -> int:
+    """Check versions, device, memory, disk, weights and data; say what to do about what is wrong."""
+    from analysis.models import MODELS, load
+    from analysis.rec import datasets
+
+    wrong = 0
+
+    def check(what: str, right: bool, seen: str, remedy: str = "") -> None:
+        nonlocal wrong
+        wrong += not right
+        print(f"{'ok   ' if right else 'WRONG'} {what}: {seen}" + ("" if right else f"; {remedy}"))
+
+    check("python", sys.version_info >= (3, 11), platform.python_version(), "3.11 or newer is needed")
+    for line in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]:
+        wanted = Requirement(line)
+        try:
+            seen = version(wanted.name)
+        except PackageNotFoundError:
+            seen = "missing"
+        check(wanted.name, seen != "missing" and wanted.specifier.contains(seen, prereleases=True), seen,
+              f"pip install '{line}'")
+    import torch
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU, the CPU works"
+    check("device", True, f"{gpu}; {torch.get_num_threads()} threads")
+    free, disk = psutil.virtual_memory().available / 1e9, shutil.disk_usage(ROOT).free / 1e9
+    check("memory", free > 2, f"{free:.1f} GB free", "the tiny models take 2 GB")
+    check("disk", disk > 1, f"{disk:.1f} GB free", "rows and figures take 1 GB")
+    for name in MODELS:
+        try:
+            check(name, True, load(name, device="cpu").revision)
+        except (OSError, ValueError) as error:
+            check(name, False, str(error), "see its folder")
+    try:
+        check("RefStamps", len(datasets.load("refstamps", "val", 1).rows) > 0, "drawn")
+    except (OSError, ValueError) as error:
+        check("RefStamps", False, str(error), "git checkout -- analysis/testbed/stamps")
+    print("all is well" if not wrong else f"{wrong} things are wrong")
+    return int(wrong > 0)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m analysis", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name: str, function) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
+        sub.set_defaults(function=function)
+        return sub
+
+    runs = command("run", run)
+    runs.add_argument("key", nargs="?", help="name of a parameter file in papermill_runs/<notebook>/, such as fig1")
+    runs.add_argument("--notebook", choices=PRODUCERS, default=PRODUCERS[0], help="default: %(default)s")
+    runs.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
+                      help="a parameter of the notebook, as in papermill; VALUE is read as YAML: -p keep '[0.25, 0.5]'")
+    for name, function in (("resume", resume), ("status", status), ("doctor", doctor)):
+        command(name, function)
+    args = parser.parse_args(argv)
+    return args.function(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
