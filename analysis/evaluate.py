@@ -103,7 +103,7 @@ def image_seed(seed: int, image_id: Any) -> int:
     return zlib.crc32(f"{seed}:{image_id}".encode())
 
 
-def _readable(dataset: RecDataset, rows: pd.DataFrame) -> tuple[dict[Any, Image.Image], dict[Any, str]]:
+def _readable(model: Model, dataset: RecDataset, rows: pd.DataFrame) -> tuple[dict[Any, Image.Image], dict[Any, str]]:
     """The chunk's images by ID, and by ID what is wrong with the others."""
     images, errors = {}, {}
     once = rows[["image_id", "width", "height"]].drop_duplicates("image_id")
@@ -112,6 +112,7 @@ def _readable(dataset: RecDataset, rows: pd.DataFrame) -> tuple[dict[Any, Image.
             image = dataset.image(image_id).convert("RGB")
             if image.size != (width, height):
                 raise ValueError(f"image is {image.width} x {image.height}, its rows say {width} x {height}")
+            model.layout(image.size)  # raises where the model cannot read an image of this shape
             images[image_id] = image
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # all that PIL raises
             errors[image_id] = f"{type(error).__name__}: {error}"
@@ -236,7 +237,7 @@ def _pieces(
     sizes: dict[str, int], bar: tqdm,
 ) -> Iterator[tuple[Cell, pd.DataFrame]]:
     """The finished rows of one chunk, cell by cell."""
-    images, errors = _readable(dataset, rows)
+    images, errors = _readable(model, dataset, rows)
     encoded = list(_encode(model, images, sizes))
     lengths = {image_id: visual.length for image_ids, visual in encoded for image_id in image_ids}
     ask = model.ask if "answer" in rows else model.prompt

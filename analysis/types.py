@@ -87,7 +87,8 @@ class Selection:
     """One image after pruning: K tokens in the order the method emits them.
 
     features: [K, D]; origin: [K] int64, the index each token had before pruning: its raster index, where there are
-    newlines or tiles its place among all tokens (a synthetic token carries its anchor); synthetic: [K] bool, True for merged or leftover tokens.
+    newlines or tiles its place among all tokens (a synthetic token carries its anchor); synthetic: [K] bool, True for
+    tokens that stand for several, not for one with others merged into it.
     """
 
     features: Tensor

@@ -1,6 +1,7 @@
 """Dialects, frames and IoU against naive references; identities and invariants on generated boxes."""
 
 import math
+import re
 import time
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from analysis.rec.boxes import CONVENTIONS, DIALECTS, FRAMES, format_llava, hit, iou, parse_llava
+from analysis.rec.boxes import CONVENTIONS, DIALECTS, FRAMES, format_llava, hit, iou, parse_llava, parse_minigpt_v2
 from analysis.registry import pick
 
 sides = st.integers(1, 2000)
@@ -176,3 +177,43 @@ def test_unknown_names_are_told_what_is_right():
         pick(DIALECTS, None, "dialect")
     with pytest.raises(ValueError, match="unknown IoU convention 'GE'"):
         hit([0, 0, 1, 1], [0, 0, 1, 1], "GE")
+
+
+@pytest.mark.parametrize("dialect, steps, pattern", [
+    ("llava", 100, r"\[{0}, {0}, {0}, {0}\]".format(r"([01]\.\d\d)")),
+    ("shikra", 1000, r"Answer: \[{0},{0},{0},{0}\] \.".format(r"([01]\.\d{3})")),
+    ("minigpt_v2", 100, r"\{<N><N><N><N>\}".replace("N", r"(\d{1,3})")),
+])
+@given(box=boxes(st.floats(-0.5, 1.5)))
+def test_what_is_written_is_within_half_a_unit_of_the_last_decimal(dialect, steps, pattern, box):
+    written = DIALECTS[dialect].format(box)
+    units = [int(number.replace(".", "")) for number in re.fullmatch(pattern, written).groups()]
+    np.testing.assert_allclose(units, box.clip(0, 1) * steps, rtol=0, atol=0.5 + 1e-9)
+    np.testing.assert_allclose(DIALECTS[dialect].parse(written), np.array(units) / steps, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("text, box", [
+    ("{<12><34><56><78>}", [0.12, 0.34, 0.56, 0.78]),
+    ("It is { <0> < 0 ><100>\n<007> }. {<1><2><3><4>}", [0, 0, 1, 0.07]),
+    ("{{<1><2><3>} {<5><5><5><5>}", [0.05, 0.05, 0.05, 0.05]),
+])
+def test_parse_minigpt_v2_accepts(text, box):
+    assert parse_minigpt_v2(text).tolist() == box
+
+
+@pytest.mark.parametrize("text", [
+    "", "{}", "{<1><2><3>}", "{<1><2><3><4>", "<1><2><3><4>}", "{<1><2><3><4><5>}", "{1 2 3 4}", "{<1>,<2>,<3>,<4>}",
+    "[0.1, 0.2, 0.3, 0.4]", "{<0.1><0.2><0.3><0.4>}", "{<-1><2><3><4>}", "{<+1><2><3><4>}", "{<1><2><3><0004>}",
+    "{<0><0><101><1>}", "{<1><2><3><101>}", "{<5><2><3><4>}", "{<1><5><3><4>}",  # outside, inverted
+    "{<5><2><3><4>} {<1><2><3><4>}",  # the first box is the answer, even where it is invalid
+    "{<١><٢><٣><٤>}",  # digits, but not ASCII
+])
+def test_parse_minigpt_v2_rejects(text):
+    assert parse_minigpt_v2(text) is None
+
+
+@pytest.mark.parametrize("unit_text", ["{", "{<1>", "{<", "<1>", "1", " ", "{ ", "{<1 ", "{<1><2><3><4>", "{ < 1 > "])
+def test_parse_minigpt_v2_takes_linear_time(unit_text):
+    start = time.process_time()
+    parse_minigpt_v2("{<1>" + unit_text * 50_000)
+    assert time.process_time() - start < 1

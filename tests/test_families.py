@@ -49,15 +49,15 @@ def build(family, stem, folder, side=SIDE):
         vision_config=eva, text_config=base.text_config, image_token_index=base.image_token_index))
     tower = whole.model.vision_tower
     for name, parameter in tower.named_parameters():
-        if "norm" in name or name.endswith("bias"):
+        if "norm" in name or name.endswith("qkv.bias"):
             parameter.add_(torch.randn_like(parameter) / 4)
         elif "layers" not in name or "projection" in name or "fc2" in name:
             parameter.mul_(0.01)  # so small before the last norm that its epsilon shows
     return conftest.saved(whole, words, folder)
 
 
-@pytest.fixture(scope="module", params=[("shikra", None), ("shikra", [4, 8, 8]), ("minigpt_v2", None),
-                                        ("minigpt_v2", [4, 8])], ids=lambda param: f"{param[0]}{'-stem' * bool(param[1])}")
+@pytest.fixture(scope="module", ids=["shikra", "shikra-stem", "minigpt_v2", "minigpt_v2-stem"], params=[
+    ("shikra", None), ("shikra", [4, 8, 8]), ("minigpt_v2", None), ("minigpt_v2", [4, 8])])
 def case(request, tmp_path_factory):
     """family; whole: as built; model: as loaded."""
     (family, stem), folder = request.param, tmp_path_factory.mktemp("family")
@@ -84,19 +84,21 @@ def features(case, pixels):
 def prompt(case, expression):
     """IDs before and after the image: each side cut by itself, BOS before the first."""
     ids, bos = case.model.tokenizer.get_vocab(), case.model.tokenizer.bos_token_id
-    before, after = ([ids[piece] for piece in pieces(side.format(expression))] for side in TEXTS[case.family].split("|"))
+    sides = TEXTS[case.family].split("|")
+    before, after = ([ids[piece] for piece in pieces(side.format(expression))] for side in sides)
     return [bos, *before], after
 
 
 def test_pixels(case):
     for image in IMAGES:
+        seen = image
         if case.family == "shikra":
             (width, height), side = image.size, max(image.size)
             square = np.full((side, side, 3), 255, dtype=np.uint8)
             top, left = (side - height) // 2, (side - width) // 2
             square[top : top + height, left : left + width] = image
-            image = Image.fromarray(square)
-        raw = np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BICUBIC), dtype=np.float32)
+            seen = Image.fromarray(square)
+        raw = np.asarray(seen.resize((SIDE, SIDE), Image.Resampling.BICUBIC), dtype=np.float32)
         mean, std = np.float32(OPENAI_CLIP_MEAN), np.float32(OPENAI_CLIP_STD)
         expected = torch.from_numpy(((raw / np.float32(255) - mean) / std).transpose(2, 0, 1))
         assert case.model.pixels([image])[0].equal(expected)
@@ -108,9 +110,8 @@ def test_prompt(case):
         assert (before.tolist(), after.tolist()) == prompt(case, expression)
         assert case.model.tokenizer.unk_token_id not in [*before, *after]
     assert before.tolist().count(case.model.tokenizer.bos_token_id) == (2 if case.family == "minigpt_v2" else 1)
-    assert case.model.prompt_text("cup") == TEXTS[case.family].format("cup").replace(
-        "|", "<im_patch>" if case.family == "shikra" else "<ImageHere>")
     holder = "<im_patch>" if case.family == "shikra" else "<ImageHere>"
+    assert case.model.prompt_text("cup") == TEXTS[case.family].format("cup").replace("|", holder)
     with pytest.raises(ValueError, match="a prompt needs exactly one image.*got 2"):
         case.model.prompt(f"the {holder} cat")
 
@@ -154,8 +155,8 @@ def test_signals_of_strips(case):
         mixed = linear(block.layer_norm1(hidden[-2]), block.self_attn.qkv.weight, block.self_attn.qkv.bias)
         read = tower.post_layernorm(hidden[-1])
     queries, keys, _ = mixed.split(16, dim=-1)
-    heads = [(keys[..., h] @ queries[:, 0, h, None] / 8**0.5).softmax(dim=1)[:, 1:, 0] for h in
-             (slice(8), slice(8, 16))]
+    heads = [(keys[..., h] @ queries[:, 0, h, None] / 8**0.5).softmax(dim=1)[:, 1:, 0]
+             for h in (slice(8), slice(8, 16))]
     attention = (heads[0] + heads[1]).view(2, 16, STRIP).mean(dim=2) / 2
     signals = visual.signals
     torch.testing.assert_close(signals.cls_attention, attention)
@@ -191,7 +192,7 @@ def test_eva_from_clip_computes_the_same():
     clip = StemClip(clip_config(10, width=32)).vision_model.eval()
     for name, value in clip.state_dict().items():
         if "norm" in name or "bias" in name or "class" in name or "running" in name:
-            value.copy_(torch.rand_like(value, dtype=torch.float32) + 0.5)
+            value.copy_(torch.rand(value.shape) + (0.5 if name.endswith(("weight", "var")) else -0.5))
     vision = clip.config
     eva = Blip2VisionModel(Blip2VisionConfig(
         hidden_size=32, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4, image_size=192, patch_size=16,
@@ -204,4 +205,4 @@ def test_eva_from_clip_computes_the_same():
     for layer, expected in zip(ours.hidden_states, theirs.hidden_states):
         torch.testing.assert_close(layer, expected, atol=1e-5, rtol=0)
     torch.testing.assert_close(ours.last_hidden_state, clip.post_layernorm(theirs.hidden_states[-1]), atol=1e-5, rtol=0)
-    assert ours.hidden_states[-1].std(dim=1).mean() > 0.1  # patches differ
+    assert ours.hidden_states[-1].std(dim=1).mean() > 0.01  # patches differ

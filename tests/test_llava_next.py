@@ -130,7 +130,7 @@ def test_layouts(model):
         index, tiles = model.mosaic(size)
         assert mosaics.setdefault(model.layout(size), index).equal(index) and int(index.max()) < tiles * GRID**2
     images = {name: noise(*size, i) for i, (name, size) in enumerate(zip("abcde", [*SIZES[:3], (47, 30), (30, 47)]))}
-    batches = list(_encode(model, images))
+    batches = list(_encode(model, images, {"images": 10}))
     assert sorted(name for names, _ in batches for name in names) == list(images) and len(batches) == 3
     for names, visual in batches:
         for i, name in enumerate(names):
@@ -140,6 +140,8 @@ def test_layouts(model):
             torch.testing.assert_close(visual.tiles.signals.keys[i], alone.tiles.signals.keys[0])
     with pytest.raises(ValueError, match="several layouts cannot be encoded in one batch"):
         model.encode([images["a"], images["b"]])
+    with pytest.raises(ValueError, match="2 x 11 pixels is too thin"):
+        model.layout((2, 11))
 
 
 @pytest.mark.parametrize("size", SIZES)

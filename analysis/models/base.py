@@ -133,7 +133,8 @@ class Model:
 
     def texts(self, expressions: Sequence[str]) -> dict[str, Callable[[], Tensor]]:
         """The signals of `types.Signals` that need text, as thunks, for one expression an image."""
-        questions = [self.rec.replace(self.image, "").strip().format(expression) for expression in expressions]
+        words = " ".join(self.rec.replace(self.image, "").split())
+        questions = [words.format(expression) for expression in expressions]
         return {"clip_text": lambda: self.clip().text(expressions), "clip_prompt": lambda: self.clip().text(questions)}
 
     def split(self, message: str) -> tuple[Tensor, Tensor]:

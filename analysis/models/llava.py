@@ -30,7 +30,7 @@ class StemLlava(LlavaForConditionalGeneration):
         install_stem(self.model.vision_tower.embeddings, config.vision_config)
 
 
-# transformers renames the saved key of the head for its own classes only
+# tiny-llava was saved by transformers' own class, which renames the head's key; only that class renames it back
 RENAMED = {r"^language_model\.lm_head": "lm_head"}
 
 

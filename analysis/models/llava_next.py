@@ -40,16 +40,22 @@ class LlavaNext(base.Model):
     dialect = llava.Llava.dialect
 
     def mosaic(self, size: tuple[int, int]) -> tuple[Tensor, int]:
-        """For an image of size (width, height): [R, C] which token of all T tiles' lies where, and T."""
+        """For an image of size (width, height): [R, C] which token of all T tiles' lies where, and T.
+
+        Raises ValueError for an image so thin that no token of its tiles lies outside the padding.
+        """
         side, (rows, columns) = self.tower.config.image_size, self.grid
         shape = get_anyres_image_grid_shape(size[::-1], self.processor.image_grid_pinpoints, side)
         tokens = torch.arange(shape[0] * shape[1] * rows * columns).view(*shape, rows, columns)
         laid = tokens.transpose(1, 2).reshape(1, shape[0] * rows, shape[1] * columns)
-        return unpad_image(laid, size[::-1])[0], shape[0] * shape[1]
+        index = unpad_image(laid, size[::-1])[0]
+        if not index.numel():
+            raise ValueError(f"an image of {size[0]} x {size[1]} pixels is too thin: no token of its tiles is left")
+        return index, shape[0] * shape[1]
 
     def layout(self, size: tuple[int, int]) -> tuple:
         index, tiles = self.mosaic(size)
-        return tiles, *index.shape, int(index[0, 0])
+        return tiles, *index.shape, *index.flatten().tolist()
 
     def pixels(self, images: Sequence[Image.Image]) -> Tensor:
         """Input of the tower, [B, 1 + T, 3, S, S]: the whole image, then its tiles row by row."""
@@ -91,9 +97,7 @@ class StemLlavaNext(LlavaNextForConditionalGeneration):
 
 def whole_class(config) -> tuple[type, dict]:
     """See `llava.whole_class`."""
-    if getattr(config.vision_config, "stem", None):
-        return StemLlavaNext, dict(key_mapping=llava.RENAMED)
-    return LlavaNextForConditionalGeneration, {}
+    return StemLlavaNext if getattr(config.vision_config, "stem", None) else LlavaNextForConditionalGeneration, {}
 
 
 def assemble(whole: LlavaNextForConditionalGeneration, **where) -> LlavaNext:

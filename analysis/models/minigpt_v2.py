@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, Blip2VisionConfig, Blip2VisionModel, LlavaConfig, LlavaForConditionalGeneration
 
-from analysis.models import base, llava
+from analysis.models import base
 from analysis.testbed.tower import install_stem
 from analysis.types import Signals
 
@@ -104,7 +104,7 @@ class MiniGPTv2(base.Model):
 
 def whole_class(config: MiniGPTv2Config) -> tuple[type, dict]:
     """See `llava.whole_class`."""
-    return MiniGPTv2ForConditionalGeneration, dict(key_mapping=llava.RENAMED)
+    return MiniGPTv2ForConditionalGeneration, {}
 
 
 def assemble(whole: MiniGPTv2ForConditionalGeneration, **where) -> MiniGPTv2:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from torch import nn
 from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from analysis.models import base, llava
+from analysis.models import base
 from analysis.testbed.tower import install_stem
 
 
@@ -47,7 +47,7 @@ class Shikra(base.Model):
 
 def whole_class(config: ShikraConfig) -> tuple[type, dict]:
     """See `llava.whole_class`."""
-    return ShikraForConditionalGeneration, dict(key_mapping=llava.RENAMED)
+    return ShikraForConditionalGeneration, {}
 
 
 def assemble(whole: ShikraForConditionalGeneration, **where) -> Shikra:

@@ -56,7 +56,7 @@ def install_stem(embeddings: nn.Module, config) -> None:
     clip = isinstance(embeddings.position_embedding, nn.Embedding)
     position = embeddings.position_embedding.weight if clip else embeddings.position_embedding
     stem = (ConvStem if clip else NormedStem)(config.stem, config.hidden_size)
-    embeddings.patch_embedding = stem.to(position)
+    embeddings.patch_embedding = stem.to(position).train(embeddings.training)
     nn.init.zeros_(position).requires_grad_(False)
 
 
