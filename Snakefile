@@ -30,11 +30,15 @@ TABLES = {
     "tabB_order_ids": [f"{RECS}/tabB.parquet"],
 }
 DRAWING = ["analysis/style.py", "analysis/published.py", "analysis/stats.py", "analysis/rec/scoring.py"]
-# what can move a row: the code without the drawing, the training and the probe
-ENGINE = sorted(set(glob("analysis/*.py") + glob("analysis/*/*.py")) - set(DRAWING)
+# what can move a row: the code without the drawing, the command lines, the training and the probe
+ENGINE = sorted(set(glob("analysis/*.py") + glob("analysis/*/*.py")) - set(DRAWING) - set(glob("analysis/summarization/*.py"))
                 - {f"analysis/testbed/{name}.py" for name in ("train", "instruct", "grow", "probe")}
-                - {"analysis/models/convert.py", "analysis/models/__main__.py"})
-CHECKPOINTS = glob("analysis/testbed/checkpoints/*/model.safetensors")
+                - {f"analysis/{name}.py" for name in ("__main__", "models/__main__", "models/convert")})
+
+
+def weights(model):
+    """Files of a model, and of the CLIP whose words it is compared with."""
+    return [f"analysis/testbed/checkpoints/{name}/model.safetensors" for name in ("tiny-clip", model)]
 
 
 wildcard_constraints:
@@ -58,7 +62,7 @@ rule rec_eval:
         notebook="notebooks/10_rec_eval.ipynb",
         parameters=RECS + "/{key}.yaml",
         engine=ENGINE,
-        checkpoints=CHECKPOINTS,
+        weights=weights("tiny-llava"),
     output:
         RECS + "/{key}.parquet",
     shell:
@@ -72,7 +76,7 @@ rule rec_eval_split:
         notebook="notebooks/10_rec_eval.ipynb",
         parameters=f"{RECS}/tab1.yaml",
         engine=ENGINE,
-        checkpoints=CHECKPOINTS,
+        weights=weights("tiny-llava"),
     output:
         RECS + "/tab1_{dataset,[^_]+}_{split}.parquet",
     shell:
@@ -86,7 +90,7 @@ rule rec_eval_model:
         notebook="notebooks/10_rec_eval.ipynb",
         parameters=f"{RECS}/tab4.yaml",
         engine=ENGINE,
-        checkpoints=CHECKPOINTS,
+        weights=lambda wildcards: weights(wildcards.model),
     output:
         RECS + "/tab4_{model,[^_]+}_{dataset,[^_]+}_{split}.parquet",
     shell:
@@ -99,7 +103,7 @@ rule cost:
     input:
         notebook="notebooks/11_cost.ipynb",
         engine=ENGINE,
-        checkpoints=CHECKPOINTS,
+        weights=weights("tiny-llava"),
     output:
         "papermill_runs/11_cost/tab3.parquet",
     threads: workflow.cores  # alone, for the sake of the times
