@@ -67,9 +67,9 @@ def sentences(text: str) -> list[list[str]]:
 def cut(words: Iterable[str]) -> list[list[str]]:
     """Sentences of a tokenised text: each ends with . ! or ? and the quotes and brackets that it closes."""
     found: list[list[str]] = []
-    ended = True
+    ended = False
     for word in words:
-        if ended and not (found and word in CLOSES):
+        if not found or (ended and word not in CLOSES):
             found.append([])
         found[-1].append(word)
         ended = word in ENDS or (ended and word in CLOSES)
@@ -138,8 +138,8 @@ def _tagged(text: str) -> list[list[str]]:
 
 def _from_example(example: bytes) -> Document:
     features = _features(example)
-    if missing := {"article", "abstract"} - set(features):
-        raise ValueError(f"it lacks {' and '.join(sorted(missing))}; it has: {', '.join(sorted(features)) or 'nothing'}")
+    if not {"article", "abstract"} <= set(features):
+        raise ValueError(f"it needs article and abstract, but has {', '.join(sorted(features))[:200] or 'nothing'}")
     article = features["article"]
     found = _tagged(article) if "<s>" in article else cut(_words(article))
     extracted = features.get("extract_ids")
@@ -160,7 +160,7 @@ def _bin(file: Path) -> Iterator[tuple[str, Document]]:
             place = f"{file}, example {number}"
             size = struct.unpack("<q", head)[0] if len(head) == 8 else -1
             if not 0 < size <= LARGEST:
-                raise ValueError(f"{place}: no length of an example (8 bytes, at most {LARGEST}): broken, or no .bin file")
+                raise ValueError(f"{place}: 8 bytes must say its length, 1 to {LARGEST}: broken, or no .bin chunk")
             example = stream.read(size)
             if len(example) < size:
                 raise ValueError(f"{place}: the file ends after {len(example)} of {size} bytes: fetch it again")
@@ -201,7 +201,7 @@ def _from_record(record: Any) -> Document:
         ended = [line if not line or line[-1] in ENDS | CLOSES else [*line, "."] for line in lines]
         return Document(sentences(record["article"]), ended, None, name)
     raise ValueError(f"a record has article_sents and abstract_sents, or article and highlights, "
-                     f"but this one has {', '.join(record) or 'nothing'!r:.200}")
+                     f"but this one has {', '.join(record)[:200] or 'nothing'}")
 
 
 def _jsonl(file: Path) -> Iterator[tuple[str, Document]]:
@@ -217,7 +217,7 @@ def _jsonl(file: Path) -> Iterator[tuple[str, Document]]:
                 raise ValueError(f"{place}: broken JSON: {error}") from error
             try:
                 yield place, _from_record(record)
-            except ValueError as error:
+            except (ValueError, TimeoutError) as error:  # nltk gives up on a line that takes it too long
                 raise ValueError(f"{place}: {error}") from error
 
 
