@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import pickle
 import re
 import sys
 import zipfile
@@ -20,7 +19,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import interpolate
@@ -38,6 +36,7 @@ from analysis.models.shikra import ShikraConfig, ShikraForConditionalGeneration
 Weights = Mapping[str, Tensor]
 
 SHIKRA_CLIP = "openai/clip-vit-large-patch14"
+SHIKRA_SIDE = 224  # pixels; LLaVA's CLIP, of 336, would fit, too
 SHIKRA_WORDS = ("<im_patch>", "<im_start>", "<im_end>")
 # the tower of MiniGPT-v2: eva_vit_g.pth without its last block, at twice the side it was trained at
 EVA = dict(hidden_size=1408, intermediate_size=6144, num_hidden_layers=39, num_attention_heads=16, image_size=448,
@@ -201,6 +200,8 @@ def read(source: Path) -> dict:
     They stay on disk until used, but for torch files of before 2020. Raises FileNotFoundError for a folder without
     weights, ValueError for a file that is cut off or that holds, in a pickle, more than tensors and plain values.
     """
+    if not source.exists():
+        raise FileNotFoundError(f"{source} is not there")
     if source.is_dir():
         files = next(filter(None, (sorted(source.glob(pattern)) for pattern in FILES)), None)
         if files is None:
@@ -210,7 +211,9 @@ def read(source: Path) -> dict:
         if source.suffix == ".safetensors":
             return load_file(source)
         return torch.load(source, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(source))
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except (MemoryError, PermissionError):
+        raise
+    except Exception as error:  # cut files make torch fail in many ways, struct.error and IndexError among them
         raise ValueError(
             f"{source} is cut off, or holds more than weights, and is not read; download it again") from error
 
@@ -272,17 +275,20 @@ def shikra(delta: Path, llama: Path, clip: Path, out: Path, dtype: str = "float1
     Raises ValueError for weights or a tokenizer that are not Shikra's, OSError for files that are missing, ImportError.
     """
     refuse_full(out)
-    tokenizer, text = read_tokenizer(delta), read_config(LlamaConfig, delta, pad_token_id=None)
+    text, tokenizer = read_config(LlamaConfig, delta, pad_token_id=None), read_tokenizer(delta)
     words = tokenizer.get_vocab()
     if absent := [word for word in SHIKRA_WORDS if word not in words]:
         raise ValueError(f"the tokenizer in {delta} has no {', '.join(absent)}; --delta should be Shikra's own folder")
     if max(words.values()) >= text.vocab_size:
         raise ValueError(f"the tokenizer in {delta} has IDs up to {max(words.values())}, but its config.json says "
                          f"vocab_size {text.vocab_size}; both should be those of one download")
+    vision = read_config(CLIPVisionConfig, clip)
+    if vision.image_size != SHIKRA_SIDE:
+        raise ValueError(f"the tower in {clip} takes images of {vision.image_size} pixels; --clip should be "
+                         f"{SHIKRA_CLIP}, which takes {SHIKRA_SIDE}")
     config = ShikraConfig(
-        vision_config=read_config(CLIPVisionConfig, clip), text_config=text, vision_feature_layer=-2, clip=SHIKRA_CLIP,
-        image_token_index=words["<im_patch>"])
-    config.image_seq_length = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+        vision_config=vision, text_config=text, vision_feature_layer=-2, clip=SHIKRA_CLIP,
+        image_token_index=words["<im_patch>"], image_seq_length=(vision.image_size // vision.patch_size) ** 2)
     weights = shikra_weights(read(delta), read(llama), read(clip), config, getattr(torch, dtype))
     write(out, ShikraForConditionalGeneration, config, weights, tokenizer)
 
@@ -293,7 +299,7 @@ def minigpt_v2(checkpoint: Path, eva: Path, llama: Path, out: Path, dtype: str =
     Raises ValueError for weights that are not as upstream's, OSError for files that are missing, ImportError.
     """
     refuse_full(out)
-    tokenizer, text = read_tokenizer(llama), read_config(LlamaConfig, llama, pad_token_id=None)
+    text, tokenizer = read_config(LlamaConfig, llama, pad_token_id=None), read_tokenizer(llama)
     held = read(checkpoint)
     if not isinstance(held, dict) or "model" not in held:
         raise ValueError(f"{checkpoint} should hold the weights at 'model', as MiniGPT-v2's checkpoint does")
