@@ -4,11 +4,12 @@
 """
 
 from glob import glob
+from pathlib import Path
 
 RECS = "papermill_runs/10_rec_eval"
 SPLITS = ["refstamps_val", "refstamps_testA", "refstamps_testB", "refstamps+_val", "refstamps+_testA",
           "refstamps+_testB", "refstampsg_val", "refstampsg_test"]
-MODELS = ["tiny-llava", "tiny-llava-wide", "tiny-llava-next", "tiny-shikra", "tiny-minigpt-v2"]
+MODELS = [Path(file).parent.name for file in sorted(glob("analysis/testbed/checkpoints/*/probe.csv"))]
 OF_MODELS = [f"{RECS}/tab4_{model}_{split}.parquet" for model in MODELS for split in SPLITS]
 FIGURES = {  # consumer notebook -> what it reads
     "fig1_collapse": [f"{RECS}/fig1.parquet"],
@@ -32,13 +33,19 @@ TABLES = {
 DRAWING = ["analysis/style.py", "analysis/published.py", "analysis/stats.py", "analysis/rec/scoring.py"]
 # what can move a row: the code without the drawing, the command lines, the training and the probe
 ENGINE = sorted(set(glob("analysis/*.py") + glob("analysis/*/*.py")) - set(DRAWING) - set(glob("analysis/summarization/*.py"))
-                - {f"analysis/testbed/{name}.py" for name in ("train", "instruct", "grow", "probe")}
+                - {f"analysis/testbed/{name}.py" for name in ("train", "loop", "contrast", "instruct", "grow", "probe")}
                 - {f"analysis/{name}.py" for name in ("__main__", "models/__main__", "models/convert")})
 
 
 def weights(model):
     """Files of a model, and of the CLIP whose words it is compared with."""
     return [f"analysis/testbed/checkpoints/{name}/model.safetensors" for name in ("tiny-clip", model)]
+
+
+def settings(key):
+    """Parameter file of rows, and what goes beside it: tables 1 and 4 have one file of rows for each (model and) split."""
+    file, *rest = key.split("_")
+    return file, dict(zip(("model", "dataset", "split")[-len(rest):], rest)) if rest else {}
 
 
 wildcard_constraints:
@@ -52,51 +59,21 @@ rule all:
         expand("figures/{name}.{kind}", name=TABLES, kind=["tex", "html", "csv"]),
 
 
-ruleorder: rec_eval_model > rec_eval_split > rec_eval  # tab1_* and tab4_* have no parameters of their own
-
-
 # One thread a job: on models this small two jobs of one thread do almost twice the work of one job of two.
 # The executed notebook is the log. Snakemake removes old rows before it starts; parts of a killed run stay and count.
 rule rec_eval:
     input:
         notebook="notebooks/10_rec_eval.ipynb",
-        parameters=RECS + "/{key}.yaml",
+        parameters=lambda wildcards: f"{RECS}/{settings(wildcards.key)[0]}.yaml",
         engine=ENGINE,
-        weights=weights("tiny-llava"),
+        weights=lambda wildcards: weights(settings(wildcards.key)[1].get("model", "tiny-llava")),
     output:
         RECS + "/{key}.parquet",
+    params:
+        settings=lambda wildcards: " ".join(f"-p {name} {value}" for name, value in settings(wildcards.key)[1].items()),
     shell:
         "OMP_NUM_THREADS={threads} papermill {input.notebook} {RECS}/{wildcards.key}.ipynb -k python3 --log-output"
-        " -f {input.parameters} -p out {output}"
-
-
-# one file for each split of table 1, all with the same parameters
-rule rec_eval_split:
-    input:
-        notebook="notebooks/10_rec_eval.ipynb",
-        parameters=f"{RECS}/tab1.yaml",
-        engine=ENGINE,
-        weights=weights("tiny-llava"),
-    output:
-        RECS + "/tab1_{dataset,[^_]+}_{split}.parquet",
-    shell:
-        "OMP_NUM_THREADS={threads} papermill {input.notebook} {RECS}/tab1_{wildcards.dataset}_{wildcards.split}.ipynb -k python3 --log-output"
-        " -f {input.parameters} -p dataset {wildcards.dataset} -p split {wildcards.split} -p out {output}"
-
-
-# one file for each model and split of table 4, all with the same parameters
-rule rec_eval_model:
-    input:
-        notebook="notebooks/10_rec_eval.ipynb",
-        parameters=f"{RECS}/tab4.yaml",
-        engine=ENGINE,
-        weights=lambda wildcards: weights(wildcards.model),
-    output:
-        RECS + "/tab4_{model,[^_]+}_{dataset,[^_]+}_{split}.parquet",
-    shell:
-        "OMP_NUM_THREADS={threads} papermill {input.notebook} {RECS}/tab4_{wildcards.model}_{wildcards.dataset}_{wildcards.split}.ipynb"
-        " -k python3 --log-output -f {input.parameters} -p model {wildcards.model} -p dataset {wildcards.dataset}"
-        " -p split {wildcards.split} -p out {output}"
+        " -f {input.parameters} {params.settings} -p out {output}"
 
 
 rule cost:

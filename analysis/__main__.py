@@ -129,7 +129,7 @@ def doctor(args: argparse.Namespace) -> int:
     for name in MODELS:
         try:
             check(name, True, load(name, device="cpu").revision)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, MemoryError) as error:
             check(name, False, str(error), "see its folder")
     try:
         check("RefStamps", len(datasets.load("refstamps", "val", 1).rows) > 0, "drawn")

@@ -42,6 +42,13 @@ def flops(run: Callable[[], object]) -> int:
     return counter.get_total_flops()
 
 
+def clock(model: Model) -> float:
+    """Seconds; waits for what the GPU has been given to do."""
+    if model.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def cache_bytes(cache: Cache) -> int:
     """Bytes of the keys and values that a cache holds."""
     return sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
@@ -59,7 +66,8 @@ def decoder_flops(name: str, keep: float) -> int:
         return blocks * flops(lambda: block(inputs_embeds=embeds, position_ids=ids, attention_mask=mask, use_cache=False))
 
 
-def _sequences(
+@torch.inference_mode()
+def sequences(
     model: Model, selections: Sequence[Selection], n: int, prompts: Sequence[tuple[Tensor, Tensor]], cell: Cell
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Embeddings and position IDs of whole prompts under a cell; n: visual tokens before pruning."""
@@ -91,30 +99,25 @@ def measure(
     prompts = [model.prompt(expression) for expression in expressions]
     index, cuda = torch.arange(len(first), device=model.device), model.device.type == "cuda"
 
-    def clock() -> float:
-        if cuda:
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
     def encode() -> VisualTokens:
         return model.encode(images).take(index, **model.texts(expressions))
 
     counted, rows = {}, []
     for turn in tqdm(range(turns + 1), desc="turns", disable=not progress):
-        start = clock()
+        start = clock(model)
         encode()
-        encode_s = clock() - start
+        encode_s = clock(model) - start
         for cell in grid:
             visual = encode()  # anew, so that each method pays for its own signals
-            start = clock()
+            start = clock(model)
             chosen = select(pruner(cell.pruner), visual, cell.keep, seeds)
-            embeds, positions = _sequences(model, chosen, visual.length, prompts, cell)
-            selected = clock()
+            embeds, positions = sequences(model, chosen, visual.length, prompts, cell)
+            selected = clock(model)
             if cuda:
                 torch.cuda.reset_peak_memory_stats()
                 before = torch.cuda.memory_allocated()
             _, cache, _ = prefill(model.decoder, model.head, embeds, positions)
-            done = clock()
+            done = clock(model)
             peak = torch.cuda.max_memory_allocated() - before if cuda else float("nan")
             if cell not in counted:
                 counted[cell] = flops(lambda: prefill(model.decoder, model.head, embeds, positions)) / len(first)

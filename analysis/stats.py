@@ -24,6 +24,25 @@ def _cluster_totals(values: ArrayLike, clusters: ArrayLike) -> tuple[NDArray, ND
     return np.bincount(codes, values, len(names)), np.bincount(codes, minlength=len(names)).astype(np.float64)
 
 
+def _ratio_interval(
+    above: NDArray, below: NDArray, level: float, resamples: int, seed: int
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of sum(above) / sum(below) over clusters [C], which are resampled whole.
+
+    A resample without anything below has no ratio and is left out.
+    """
+    def ratio(above: NDArray, below: NDArray, axis: int) -> NDArray:
+        total = below.sum(axis)
+        return np.divide(above.sum(axis), total, out=np.full(np.shape(total), np.nan), where=total > 0)
+
+    drawn = stats.bootstrap(
+        (above, below), ratio, paired=True, vectorized=True, method="percentile", batch=200, n_resamples=resamples,
+        rng=np.random.default_rng(seed),
+    ).bootstrap_distribution
+    low, high = np.nanquantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
 def clustered_interval(
     values: ArrayLike, clusters: ArrayLike, level: float = 0.95, resamples: int = 2000, seed: int = 0
 ) -> tuple[float, float]:
@@ -36,15 +55,7 @@ def clustered_interval(
     sums, counts = _cluster_totals(values, clusters)
     if len(sums) < 2:
         return np.nan, np.nan
-
-    def mean(sums: NDArray, counts: NDArray, axis: int) -> NDArray:
-        return sums.sum(axis) / counts.sum(axis)
-
-    low, high = stats.bootstrap(
-        (sums, counts), mean, paired=True, vectorized=True, method="percentile", batch=200,
-        n_resamples=resamples, confidence_level=level, rng=np.random.default_rng(seed),
-    ).confidence_interval
-    return float(low), float(high)
+    return _ratio_interval(sums, counts, level, resamples, seed)
 
 
 def _sign_flip_p(sums: NDArray, permutations: int, seed: int) -> float:
@@ -103,6 +114,19 @@ def paired_cells(
     return paired_difference(a, b.reindex(a.index), a.index.get_level_values(clusters), **options) | {"n": len(a)}
 
 
+def gap_pairs(scored: pd.DataFrame, by: Sequence[str] = ("pruner", "keep")) -> pd.DataFrame:
+    """GAP against compact IDs: a row for each group of the columns `by` that is pruned, in order of first appearance.
+
+    The columns of `by`, `paired_cells` from compact to original IDs (difference, low, high, p, n), and p_fdr, adjusted
+    over the whole table. Raises what `paired_cells` raises, so where a group has not both.
+    """
+    by = list(by)
+    pairs = pd.DataFrame([
+        where | paired_cells(scored, where | {"ids": "compact"}, where | {"ids": "original"})
+        for where in scored.loc[scored["pruner"] != "none", by].drop_duplicates().to_dict("records")])
+    return pairs.assign(p_fdr=fdr(pairs["p"]))
+
+
 def retention(accuracy: ArrayLike, full: ArrayLike) -> ArrayLike:
     """Share of the unpruned accuracy `full` that is left, accuracy / full; NaN where full is 0."""
     return accuracy / np.where(np.equal(full, 0), np.nan, full)
@@ -119,14 +143,8 @@ def retained(
     if (counted > 0).sum() < 2:
         return dict.fromkeys(("retention", "low", "high"), np.nan)
 
-    def ratio(kept: NDArray, counted: NDArray, axis: int) -> NDArray:
-        total = counted.sum(axis)
-        return np.divide(kept.sum(axis), total, out=np.full(np.shape(total), np.nan), where=total > 0)
-
-    rng = np.random.default_rng(seed)
-    index = rng.integers(len(kept), size=(resamples, len(kept)))
-    low, high = np.nanquantile(ratio(kept[index], counted[index], 1), [(1 - level) / 2, (1 + level) / 2])
-    return {"retention": float(kept.sum() / counted.sum()), "low": float(low), "high": float(high)}
+    low, high = _ratio_interval(kept, counted, level, resamples, seed)
+    return {"retention": float(kept.sum() / counted.sum()), "low": low, "high": high}
 
 
 def fdr(p_values: ArrayLike) -> NDArray:

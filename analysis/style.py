@@ -17,6 +17,7 @@ WIDTH = 7.0  # inches: the text width of most papers; one column is half of it
 COLOURS = {"full": "#4D4D4D", "compact": "#D55E00", "original": "#0072B2", "compressed": "#E69F00",
            "permuted": "#CC79A7", "both": "#D55E00"}
 LABELS = {"compact": "compact IDs (as pruners do)", "original": "original IDs (GAP)"}
+IDS = {"compact": "upstream", "original": "GAP"}  # the same in a table's column
 PRUNERS = {"none": "none", "random": "random", "spatial": "spatial grid", "cls_similarity": "[CLS] similarity",
            "text_similarity": "text similarity", "prumerge": "PruMerge", "prumerge+": "PruMerge+", "trim": "TRIM",
            "trim:lowest=false": "TRIM, sign turned",
@@ -60,6 +61,18 @@ def percent_axis(axis: plt.Axes, label: str) -> None:
     axis.set_ylabel(label)
     axis.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f}")
     axis.set_ylim(bottom=0)
+
+
+def accuracy_cell(row: pd.Series) -> str:
+    """"56.6 ±2.1": accuracy and half the width of its interval in per cent, from columns accuracy, low and high.
+
+    With the columns of `stats.gap_pairs` as gap_difference and gap_p_fdr, GAP's cell ends in * where it is significantly
+    better than compact IDs', in v where worse.
+    """
+    mark = ""
+    if row["ids"] == "original" and row.get("gap_p_fdr", 1) < 0.05:
+        mark = "*" if row["gap_difference"] > 0 else "v"
+    return f"{100 * row['accuracy']:.1f} ±{50 * (row['high'] - row['low']):.1f}{mark}"
 
 
 def save_table(name: str, shown: pd.DataFrame, tidy: pd.DataFrame, bold: pd.DataFrame | None = None,

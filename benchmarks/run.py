@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import platform
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,12 +26,12 @@ from tqdm import tqdm
 from transformers import LlamaForCausalLM
 
 from analysis import models
-from analysis.cost import flops
-from analysis.decode import prefill
+from analysis.cost import clock, measure, ratio, sequences
 from analysis.evaluate import cells, evaluate, image_seed
-from analysis.positions import assign, layout, reorder
 from analysis.pruning import pruner, select
 from analysis.rec import datasets
+from analysis.registry import matching
+from analysis.types import Cell
 
 METHODS = ["random", "spatial", "cls_similarity", "text_similarity", "prumerge", "trim"]
 GOALS = {"engine": ">= 15 on 2 CPU cores, >= 20 on a GPU", "gap_time": "1.00 +- 0.01", "gap_memory": "1.00 +- 0.01",
@@ -41,13 +40,9 @@ GOALS = {"engine": ">= 15 on 2 CPU cores, >= 20 on a GPU", "gap_time": "1.00 +- 
 
 def timed(model: models.Model, run: Callable[[], object]) -> float:
     """Seconds of one call."""
-    if model.device.type == "cuda":
-        torch.cuda.synchronize()
-    begun = time.perf_counter()
+    begun = clock(model)
     run()
-    if model.device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - begun
+    return clock(model) - begun
 
 
 def plain_loop(model: models.Model, data: datasets.RecDataset, grid: list) -> list[str]:
@@ -60,13 +55,11 @@ def plain_loop(model: models.Model, data: datasets.RecDataset, grid: list) -> li
             for row in data.rows.itertuples():
                 seed = image_seed(cell.seed, row.image_id)
                 visual = model.encode([data.image(row.image_id)]).take(torch.tensor([0]), **model.texts([row.expression]))
-                tokens = reorder(select(pruner(cell.pruner), visual, cell.keep, [seed])[0], cell.order, seed)
-                ids = assign(tokens.origin, visual.length, cell.ids, seed)
-                prefix, suffix = model.prompt(row.expression)
-                embeds = torch.cat([model.embed(prefix), tokens.features, model.embed(suffix)])[None]
+                chosen = select(pruner(cell.pruner), visual, cell.keep, [seed])
+                (embeds,), (places,) = sequences(model, chosen, visual.length, [model.prompt(row.expression)], cell)
                 made = whole.generate(
-                    inputs_embeds=embeds, position_ids=layout(len(prefix), ids.visual, ids.text, len(suffix))[None],
-                    attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device),
+                    inputs_embeds=embeds[None], position_ids=places[None],
+                    attention_mask=torch.ones(1, len(embeds), dtype=torch.long, device=embeds.device),
                     max_new_tokens=model.max_new_tokens, do_sample=False, eos_token_id=model.eos, pad_token_id=0)
                 answers.append(model.text([t for t in made[0].tolist() if t not in (0, model.eos)]))
     return answers
@@ -84,20 +77,6 @@ def spread(values: list[float]) -> dict[str, float]:
 
 def slope(x: list[float], y: list[float]) -> float:
     return float(np.polyfit(np.log(x), np.log(y), 1)[0])
-
-
-def prompts(model: models.Model, data: datasets.RecDataset, keep: float | None, ids: str, batch: int):
-    """Embeddings and position IDs of `batch` prompts."""
-    first = data.rows.drop_duplicates("image_id").head(batch)
-    embeds, positions = [], []
-    with torch.inference_mode():
-        for image_id, expression in zip(first["image_id"], first["expression"]):
-            visual = model.encode([data.image(image_id)])
-            tokens = select(pruner("random" if keep else "none"), visual, keep, [0])[0]
-            given, (prefix, suffix) = assign(tokens.origin, visual.length, ids, 0), model.prompt(expression)
-            embeds.append(torch.cat([model.embed(prefix), tokens.features, model.embed(suffix)]))
-            positions.append(layout(len(prefix), given.visual, given.text, len(suffix)))
-    return embeds, positions
 
 
 def bench(model: models.Model, images: int, turns: int, batch: int) -> pd.DataFrame:
@@ -120,32 +99,25 @@ def bench(model: models.Model, images: int, turns: int, batch: int) -> pd.DataFr
     add("engine", f"times faster than the plain loop, {len(grid)} cells, {len(data.rows)} expressions", **spread(ratios))
     add("engine_same", "share of equal answers", value=float(min(same)))
 
-    times: dict[tuple, list[float]] = {}
-    run = {(keep, ids): prompts(model, data, keep, ids, min(images, 16)) for keep, ids in
-           ((None, "compact"), (0.25, "compact"), (0.25, "original"))}
-    for turn in tqdm(range(turns + 1), desc="(b), (c), (e) prefill"):
-        for key, given in run.items():
-            seconds = timed(model, lambda: prefill(model.decoder, model.head, *given))
-            if turn:
-                times.setdefault(key, []).append(seconds)
-    full, compact, gap = (np.array(times[key]) for key in run)
-    add("gap_time", "GAP / compact, time of the prefill", **spread(gap / compact))
+    full, compact, gap = prefills = [*cells("none"), *cells("random", 0.25, ids=["compact", "original"])]
+    measured = measure(model, data, prefills, min(images, 16), turns, progress=False)
+
+    def compared(cell: Cell, other: Cell, column: str) -> dict[str, float]:
+        found = ratio(measured, cell, other, column)
+        return dict(value=found["ratio"], low=found["low"], high=found["high"])
+
+    add("gap_time", "GAP / compact, time of the prefill", **compared(gap, compact, "prefill_s"))
     if model.device.type == "cuda":
-        peaks = []
-        for ids in ("compact", "original"):
-            torch.cuda.reset_peak_memory_stats()
-            prefill(model.decoder, model.head, *run[0.25, ids])
-            peaks.append(torch.cuda.max_memory_allocated())
-        add("gap_memory", "GAP / compact, peak memory", value=peaks[1] / peaks[0])
-    work = {key: flops(lambda given=given: prefill(model.decoder, model.head, *given)) for key, given in run.items()}
-    promised = work[None, "compact"] / work[0.25, "compact"]
-    add("speedup", f"full / pruned prefill, a quarter kept; FLOPs promise {promised:.2f}", **spread(full / compact))
-    add("speedup_share", "speed-up / what FLOPs promise", **spread(full / compact / promised))
+        add("gap_memory", "GAP / compact, peak memory", **compared(gap, compact, "peak_bytes"))
+    speedup, promised = compared(full, compact, "prefill_s"), compared(full, compact, "flops")["value"]
+    add("speedup", f"full / pruned prefill, a quarter kept; FLOPs promise {promised:.2f}", **speedup)
+    add("speedup_share", "speed-up / what FLOPs promise", **{key: value / promised for key, value in speedup.items()})
     side = 4096 if model.device.type == "cuda" else 1024
     a, b = (torch.randn(side, side, device=model.device, dtype=model.dtype) for _ in range(2))
     peak = 2 * side**3 / min(timed(model, lambda: a @ b) for _ in range(10))
+    unpruned = matching(measured, full.columns())
     add("roofline", f"of the {peak / 1e9:.0f} GFLOP/s of one product of {side} x {side}, in the full prefill",
-        **spread(work[None, "compact"] / full / peak))
+        **spread(unpruned["flops"] * unpruned["images"] / unpruned["prefill_s"] / peak))
 
     def evaluated(n: int, chosen: list) -> float:
         part = datasets.load("refstamps", "val", n)
@@ -156,15 +128,14 @@ def bench(model: models.Model, images: int, turns: int, batch: int) -> pd.DataFr
     counts = [2, 5, 13]
     add("slope_cells", f"of log time against log cells, {counts}",
         value=slope(counts, [evaluated(steps[0], grid[:n]) for n in counts]))
-    keeps = [0.1, 0.25, 0.5, 1.0]
-    given = [prompts(model, data, keep, "original", min(images, 16)) for keep in keeps]
-    seconds = [min(timed(model, lambda: prefill(model.decoder, model.head, *g)) for _ in range(5)) for g in given]
-    add("slope_tokens", "of log prefill time against log tokens, a tenth to all",
-        value=slope([sum(map(len, g[0])) for g in given], seconds))
-    sizes = [n for n in (1, 4, 16) if n <= images]
-    given = [prompts(model, data, 0.5, "original", n) for n in sizes]
-    seconds = [min(timed(model, lambda: prefill(model.decoder, model.head, *g)) for _ in range(5)) for g in given]
-    add("slope_batch", f"of log prefill time against log batch, {sizes}", value=slope(sizes, seconds))
+    by_keep = measure(model, data, cells("random", [0.1, 0.25, 0.5, 1.0], ids="original"), min(images, 16), 5, progress=False)
+    text = sum(map(len, model.prompt(data.rows["expression"][0])))
+    fastest = by_keep.groupby("keep")[["tokens", "prefill_s"]].min() + [text, 0]
+    add("slope_tokens", "of log prefill time against log tokens of the prompt, a tenth to all of the image kept",
+        value=slope(*fastest.to_numpy().T))
+    sizes = [n for n in (2, 4, 8, 16) if n <= images]
+    fastest = [measure(model, data, cells("random", 0.5, ids="original"), n, 5, progress=False)["prefill_s"].min() for n in sizes]
+    add("slope_batch", f"of log prefill time against log batch, {sizes}", value=slope(sizes, fastest))
     where = torch.cuda.get_device_name() if model.device.type == "cuda" else f"{platform.machine()} CPU"
     return pd.DataFrame(found).assign(model=model.name, device=where, threads=torch.get_num_threads(), dtype=str(model.dtype)[6:])
 

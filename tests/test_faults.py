@@ -11,7 +11,6 @@ import torch
 
 from analysis import evaluate as evaluation
 from analysis import results
-from analysis.evaluate import cells
 from tests.test_evaluate import GRID, Noise, run
 
 ROOT = Path(__file__).parents[1]

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from analysis.evaluate import EXPRESSION
-from analysis.rec import datasets, refcoco
+from analysis.rec import datasets
 from analysis.rec.refcoco import COLUMNS, COUNTS, FORMS, SIZE, TRUTH, check_counts, coco_name, read, unc_val
 from analysis.rec.scoring import perfect_answers, score, summarise
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from analysis.published import PUBLISHED, published
 from analysis.registry import matching
-from analysis.stats import clustered_interval, fdr, paired_cells, paired_difference, retained, retention
+from analysis.stats import clustered_interval, fdr, gap_pairs, paired_cells, paired_difference, retained, retention
 
 
 def draws(n=300, images=60, seed=0, spread=0.35):
@@ -155,6 +155,20 @@ def test_paired_cells_refuses_what_is_not_paired():
         paired_cells(pd.concat([full, gap]), none, {"pruner": "prumerge"})
     with pytest.raises(ValueError, match="unknown column 'prunner'; did you mean 'pruner'"):
         paired_cells(pd.concat([full, gap]), {"prunner": "none"}, trim)
+
+
+def test_gap_pairs_are_paired_cells_with_a_common_false_discovery_rate():
+    full, gap, _ = cells()
+    compact = gap.assign(ids="compact", correct=gap["correct"].to_numpy()[::-1])
+    own = [table.assign(keep=None, pruner="prumerge") for table in (gap, compact.assign(correct=gap["correct"]))]
+    found = gap_pairs(pd.concat([full, gap, compact, *own]))
+    assert found["pruner"].tolist() == ["trim", "prumerge"] and found["keep"].isna().tolist() == [False, True]
+    expected = paired_cells(pd.concat([gap, compact]), {"ids": "compact"}, {"ids": "original"})
+    assert found.loc[0, list(expected)].to_dict() == expected
+    assert found.loc[1, "difference"] == 0
+    np.testing.assert_array_equal(found["p_fdr"], fdr(found["p"]))
+    with pytest.raises(ValueError, match="no rows in cell"):
+        gap_pairs(pd.concat([full, gap]))
 
 
 def test_matching_keeps_missing_values_apart():

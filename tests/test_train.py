@@ -11,7 +11,7 @@ from transformers import AttentionInterface, LlamaConfig, LlamaModel
 from analysis import models
 from analysis.pruning import PRUNERS, select
 from analysis.rec.boxes import DIALECTS, FRAMES
-from analysis.testbed import grammar, grow, instruct, train
+from analysis.testbed import contrast, grammar, grow, instruct, loop, train
 from analysis.testbed.scenes import scene
 from analysis.testbed.tokenizer import build
 from analysis.testbed.tower import StemClip, clip_config
@@ -121,8 +121,8 @@ def test_a_grown_model_computes_the_same():
 
 def test_patch_labels_cover_the_boxes():
     drawn = scene("val", 0)
-    classes = {name: i for i, name in enumerate(["", *train.names()])}
-    labels = train.patch_labels(drawn, classes)
+    classes = {name: i for i, name in enumerate(["", *contrast.names()])}
+    labels = contrast.patch_labels(drawn, classes)
     assert set(labels) - {0} <= {classes[f"{o.colour} {o.noun}".strip()] for o in drawn.objects}
     area = sum(o.area for o in drawn.objects) / 16**2
     assert 0.6 * area < (labels > 0).sum() < 1.4 * area
@@ -131,11 +131,11 @@ def test_patch_labels_cover_the_boxes():
 def test_training_resumes_and_exports(tmp_path, monkeypatch):
     checkpoints = tmp_path / "checkpoints"
     checkpoints.mkdir()
-    (checkpoints / "tiny-clip").symlink_to(train.CHECKPOINTS / "tiny-clip")
-    monkeypatch.setattr(train, "RUNS", tmp_path / "runs")
-    monkeypatch.setattr(train, "CHECKPOINTS", checkpoints)
+    (checkpoints / "tiny-clip").symlink_to(loop.CHECKPOINTS / "tiny-clip")
+    monkeypatch.setattr(loop, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(loop, "CHECKPOINTS", checkpoints)
     small = "--batch 2 --questions 2 --pool 4 --fresh 2 --log 1 --evaluate 100 --device cpu --start tiny-llava".split()
-    monkeypatch.setattr(train, "HELD_OUT", 2)
+    monkeypatch.setattr(loop, "HELD_OUT", 2)
     for steps in ("2", "3"):
         monkeypatch.setattr(sys, "argv", ["train", "tiny-shikra", "--steps", steps, *small])
         train.main()

@@ -34,14 +34,14 @@ FAMILIES = {"llava": llava, "llava_next": llava_next, "shikra": shikra, "minigpt
 
 class Known(NamedTuple):
     """A published model. parameters: billions, tower included; tokens: visual, unpruned; download: GB, None where
-    unknown; licence: of the weights; get: the command, or what to convert."""
+    unknown; licence: of the weights; convert: the command that makes it of the original weights, if it has to be made."""
 
     parameters: float
     tokens: str
     download: float | None
     licence: str
-    gated: bool
-    get: str
+    gated: bool = False
+    convert: str | None = None
 
     @property
     def memory(self) -> float:
@@ -49,20 +49,13 @@ class Known(NamedTuple):
         return 2 * self.parameters
 
 
-def _hub(name: str) -> str:
-    return f"hf download {name}"
-
-
-_CONVERT = "python -m analysis.models.convert"
-KNOWN: dict[str, Known] = {
-    "llava-hf/llava-1.5-7b-hf": Known(7.06, "576", 14.1, "Llama 2", False, _hub("llava-hf/llava-1.5-7b-hf")),
-    "llava-hf/llava-1.5-13b-hf": Known(13.35, "576", 26.7, "Llama 2", False, _hub("llava-hf/llava-1.5-13b-hf")),
-    "llava-hf/llava-v1.6-vicuna-7b-hf": Known(
-        7.06, "2340 at 640 x 480", 14.1, "Llama 2", False, _hub("llava-hf/llava-v1.6-vicuna-7b-hf")),
-    "llava-hf/llava-v1.6-mistral-7b-hf": Known(
-        7.57, "2340 at 640 x 480", 15.1, "Apache 2.0", False, _hub("llava-hf/llava-v1.6-mistral-7b-hf")),
-    "Shikra-7B": Known(7.05, "256", None, "LLaMA, non-commercial", True, f"{_CONVERT} shikra --help"),
-    "MiniGPT-v2": Known(7.8, "256", None, "Llama 2", True, f"{_CONVERT} minigpt-v2 --help"),
+KNOWN: dict[str, Known] = {  # by their name on the Hugging Face hub, where they have one
+    "llava-hf/llava-1.5-7b-hf": Known(7.06, "576", 14.1, "Llama 2"),
+    "llava-hf/llava-1.5-13b-hf": Known(13.35, "576", 26.7, "Llama 2"),
+    "llava-hf/llava-v1.6-vicuna-7b-hf": Known(7.06, "2340 at 640 x 480", 14.1, "Llama 2"),
+    "llava-hf/llava-v1.6-mistral-7b-hf": Known(7.57, "2340 at 640 x 480", 15.1, "Apache 2.0"),
+    "Shikra-7B": Known(7.05, "256", None, "LLaMA, non-commercial", True, "python -m analysis.models.convert shikra --help"),
+    "MiniGPT-v2": Known(7.8, "256", None, "Llama 2", True, "python -m analysis.models.convert minigpt-v2 --help"),
 }
 
 
@@ -88,8 +81,8 @@ def _find(name: str, revision: str | None) -> tuple[Path, str]:
     """The folder of a model, and its revision."""
     folder = MODELS.get(name, Path(name))
     if name not in MODELS and not folder.is_dir():
-        if name in KNOWN and name.count("/") != 1:
-            raise FileNotFoundError(f"{name} has to be converted: {KNOWN[name].get}; then give the folder it writes")
+        if name in KNOWN and KNOWN[name].convert:
+            raise FileNotFoundError(f"{name} has to be converted: {KNOWN[name].convert}; then give the folder it writes")
         if name.count("/") != 1:
             pick(MODELS, name, "model (neither a local folder nor a Hugging Face name owner/model)")
         try:

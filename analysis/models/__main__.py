@@ -15,5 +15,5 @@ print("Embedded, ready to use:", ", ".join(MODELS), "\n")
 print(pd.DataFrame([
     {"model": name, "parameters (billions)": known.parameters, "visual tokens": known.tokens,
      "weights in 16 bits (GB)": f"{known.memory:.0f}", "download (GB)": known.download or "see --help",
-     "licence": known.licence, "gated": "yes" if known.gated else "no", "get it with": known.get}
+     "licence": known.licence, "gated": "yes" if known.gated else "no", "get it with": known.convert or f"hf download {name}"}
     for name, known in KNOWN.items()]).to_string(index=False))

@@ -19,8 +19,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
 from analysis.pruning._select import emit, existing, flag, leftover, ranking, text
 from analysis.types import Selection, VisualTokens
 

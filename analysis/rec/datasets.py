@@ -50,6 +50,17 @@ def stamp_image(split: str, index: int) -> Image.Image:
     return scene(split, index).image
 
 
+def _drawn(name: str, split: str, rows: list[dict]) -> RecDataset:
+    return RecDataset(name, split, pd.DataFrame(rows), lambda image_id: stamp_image(split, int(image_id.split("_")[1])))
+
+
+def _common(split: str, index: int, what: int | str, sentence: int, text: str, size: tuple[int, int]) -> dict:
+    """The columns that every row on a scene has; what: the object or the task that is asked about."""
+    image_id = f"{split}_{index:05d}"
+    return dict(image_id=image_id, ref_id=f"{image_id}_{what}", sent_id=sentence, expression=text,
+                width=size[0], height=size[1])
+
+
 def refstamps(name: str, split: str, limit: int | None = None) -> RecDataset:
     """RefStamps drawn from its seeds: the first `limit` scenes of a split that have an expression of this set."""
     rows, taken, index = [], 0, 0
@@ -59,14 +70,13 @@ def refstamps(name: str, split: str, limit: int | None = None) -> RecDataset:
         said = expressions(drawn, name)
         for sentence, (text, target) in enumerate(said):
             box = drawn.objects[target].box
-            rows.append(dict(image_id=f"{split}_{index:05d}", ref_id=f"{split}_{index:05d}_{target}", sent_id=sentence,
-                             expression=text, width=drawn.size[0], height=drawn.size[1],
-                             **dict(zip(("x1", "y1", "x2", "y2"), map(float, box)))))
+            rows.append(_common(split, index, target, sentence, text, drawn.size)
+                        | dict(zip(("x1", "y1", "x2", "y2"), map(float, box))))
         taken += bool(said)
         bar.update(bool(said))
         index += 1
     bar.close()
-    return RecDataset(name, split, pd.DataFrame(rows), lambda image_id: stamp_image(split, int(image_id.split("_")[1])))
+    return _drawn(name, split, rows)
 
 
 def refstamps_control(name: str, split: str, limit: int | None = None) -> RecDataset:
@@ -74,10 +84,9 @@ def refstamps_control(name: str, split: str, limit: int | None = None) -> RecDat
     rows = []
     for index in tqdm(range(limit or IMAGES), desc=f"{name} {split}", unit="image", leave=False):
         drawn = scene(split, index)
-        rows += [dict(image_id=f"{split}_{index:05d}", ref_id=f"{split}_{index:05d}_{task}", sent_id=sentence,
-                      expression=question, width=drawn.size[0], height=drawn.size[1], task=task, answer=answer)
+        rows += [_common(split, index, task, sentence, question, drawn.size) | dict(task=task, answer=answer)
                  for sentence, (task, question, answer) in enumerate(control_questions(drawn))]
-    return RecDataset(name, split, pd.DataFrame(rows), lambda image_id: stamp_image(split, int(image_id.split("_")[1])))
+    return _drawn(name, split, rows)
 
 
 def annotation_files(dataset: str, split: str, path: str | Path) -> list[Path]:

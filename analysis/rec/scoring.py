@@ -83,13 +83,14 @@ def score(rows: pd.DataFrame, frame: str | None = None, convention: str | None =
     if (unanswered := rows["raw"].isna()).any():
         first = rows["ref_id"][unanswered].iloc[0]
         raise ValueError(f"{unanswered.sum()} rows have no raw answer, first: ref_id {first}; an empty answer is ''")
-    fractions, sizes, pixels = _parse(rows), rows[SIZE].to_numpy(np.float64), np.full((len(rows), 4), np.nan)
+    sizes, truth = rows[SIZE].to_numpy(np.float64), rows[TRUTH].to_numpy(np.float64)
+    fractions, pixels = _parse(rows), np.full((len(rows), 4), np.nan)
     frames = rows["frame"] if frame is None else pd.Series(frame, index=rows.index)
     for name, here in _by_name(frames):
         pixels[here] = pick(FRAMES, name, "frame").decode(fractions[here], sizes[here])
     overlap, correct = np.zeros(len(rows)), np.zeros(len(rows), dtype=bool)
     for name, here in _by_name(rows["dialect"].map(lambda dialect: convention or DIALECTS[dialect].convention)):
-        overlap[here], correct[here] = hit(pixels[here], rows[TRUTH].to_numpy(np.float64)[here], name)
+        overlap[here], correct[here] = hit(pixels[here], truth[here], name)
     scores = {"iou": overlap, "correct": correct, "invalid": np.isnan(pixels[:, 0])}
     return rows.assign(**dict(zip(PREDICTION, pixels.T)), **scores)
 

@@ -1,7 +1,7 @@
 """Train the tiny multimodal models: a connector and a language model on the frozen tiny CLIP, as in LLaVA.
 
 One script for all families: a model asks and answers through its own adapter in `models/`, so it is trained with the very
-prompts, frames and boxes that it is evaluated with. `train.py` has the command line and the loop.
+prompts, frames and boxes that it is evaluated with. `loop.py` has the loop.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from ..models.shikra import ShikraConfig
 from ..positions import layout
 from ..pruning import none, select
 from ..rec.boxes import DIALECTS, FRAMES, hit
-from . import train
+from . import loop
 from .grammar import answer_box, questions, rec_question
 from .grow import grow
 from .scenes import Scene, scene
 from .tokenizer import build as build_tokenizer
 from .tower import GRID, IMAGE, PATCH, eva_from_clip, install_stem
 
-MEAN, STD = train.MEAN.tolist(), train.STD.tolist()
+MEAN, STD = loop.MEAN.tolist(), loop.STD.tolist()
 PINPOINTS = [[IMAGE, 2 * IMAGE], [2 * IMAGE, IMAGE]]  # height, width of LLaVA-NeXT's mosaics: two tiles for every scene
 EVA_IMAGE = 256  # 16 x 16 patches, 16 x 4 strips: MiniGPT-v2's tokens at twice their size in the image
 # Shikra is asked in one of its 54 templates; the 31st has the image first, so that one row can hold several questions
@@ -287,10 +287,10 @@ def accuracy(model: Model, scenes: Sequence[Scene]) -> float:
     return round(float(np.mean(right)), 4)
 
 
-def train_model(name: str, args) -> None:
+def train(name: str, args) -> None:
     """The language model and the connector learn REC and its companions; the tower is frozen."""
-    clip = load_clip(train.CHECKPOINTS / "tiny-clip", torch.device("cpu"), torch.float32).model
-    whole, model = build(name, clip, train.RUNS / name / "folder", args.device)
+    clip = load_clip(loop.CHECKPOINTS / "tiny-clip", torch.device("cpu"), torch.float32).model
+    whole, model = build(name, clip, loop.RUNS / name / "folder", args.device)
     if args.start:
         begin_as(model, models.load(args.start, device=str(args.device)))
     decoder, attention = model.decoder, PackedAttention()
@@ -299,12 +299,12 @@ def train_model(name: str, args) -> None:
         decoder.set_attn_implementation("packed")
 
     def prepare(items):
-        with train.autocast(args.device):
+        with loop.autocast(args.device):
             seen = views(model, [Image.fromarray(picture) for _, picture in items])
         return [(drawn, v) for (drawn, _), v in zip(items, seen)]
 
     def make_batches(start, step):
-        pool = train.Pool(start, args.pool, args.fresh, args.workers, prepare, step)
+        pool = loop.Pool(start, args.pool, args.fresh, args.workers, prepare, step)
         rng = np.random.default_rng([17, step])
         while True:
             alone = model.dialect == "shikra" and rng.random() < args.alone
@@ -315,7 +315,7 @@ def train_model(name: str, args) -> None:
     digits[model.tokenizer.convert_tokens_to_ids(list("0123456789"))] = True
 
     def loss_of(batch):
-        with train.autocast(args.device):
+        with loop.autocast(args.device):
             rows = [(prefix, connected(model, seen), blocks) for seen, prefix, blocks in batch]
             embeds, positions, mask, labels, attention.context = packed(rows, model.embed)
             states = decoder(inputs_embeds=embeds, position_ids=positions, attention_mask=mask,
@@ -326,7 +326,7 @@ def train_model(name: str, args) -> None:
         digit = digits[labels[chosen]]
         return loss.mean(), dict(digit=loss[digit].mean().item(), other=loss[~digit].mean().item())
 
-    held_out = [scene("train", 10**9 + i) for i in range(train.HELD_OUT)]
+    held_out = [scene("train", 10**9 + i) for i in range(loop.HELD_OUT)]
 
     def evaluate():
         whole.eval()
@@ -335,11 +335,11 @@ def train_model(name: str, args) -> None:
         return found
 
     def export(whole, state):
-        folder = train.CHECKPOINTS / name
+        folder = loop.CHECKPOINTS / name
         decoder.set_attn_implementation("sdpa")
         whole.save_pretrained(folder)
         write_rest(folder, whole.config, model.tokenizer)
-        train.ship_log(name, folder)
+        loop.ship_log(name, folder)
 
     decoder.train()
-    train.run(name, whole, args, make_batches, loss_of, evaluate, export)
+    loop.run(name, whole, args, make_batches, loss_of, evaluate, export)
