@@ -4,10 +4,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help paper test setup clean
+.PHONY: help paper test slurm-test setup clean
 
 help:  ## these lines
-	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*##/\t/'
+	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/'
 
 setup: .venv/ready  ## make .venv with what pyproject.toml lists
 
@@ -31,6 +31,10 @@ paper: .venv/ready .snakemake/begun  ## regenerate every figure and table (what 
 
 test: .venv/ready  ## run the tests
 	$(BIN)/python -m pytest -q
+
+slurm-test: .venv/ready  ## prove profiles/slurm on the cluster's Slurm, or as root on one of this machine alone (Debian)
+	$(BIN)/python -m pip install --quiet --editable '.[slurm]'
+	tests/slurm/run.sh
 
 clean:  ## forget what has been run, so that the next make paper regenerates everything
 	rm -rf .snakemake papermill_runs/*/*.ipynb papermill_runs/*/*.parts papermill_runs/smoke figures/smoke

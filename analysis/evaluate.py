@@ -2,7 +2,7 @@
 (and once for all expressions of the image, unless the method reads the expression).
 
 The piece of work is one cell on one chunk of images. Its batches hold nothing else, so its rows depend neither on
-which other cells run nor on where a killed run was taken up again.
+which other cells run, nor on where a killed run was taken up again, nor on how the pieces are dealt out to shards.
 """
 
 from __future__ import annotations
@@ -10,10 +10,14 @@ from __future__ import annotations
 import time
 import zlib
 from collections.abc import Hashable, Iterator, Sequence
-from itertools import product
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import groupby, product
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import pandas as pd
 import torch
 from PIL import Image
@@ -21,12 +25,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from analysis import results
-from analysis.decode import begin, greedy
+from analysis.decode import begin, greedy, usual
 from analysis.models import Model
 from analysis.positions import ORDERS, Ids, assign, layout, parse_spec, reorder
 from analysis.pruning import Pruner, select
 from analysis.pruning import pruner as find_pruner
-from analysis.rec.scoring import check_boxes
+from analysis.rec.boxes import DIALECTS
+from analysis.rec.scoring import check_boxes, score, score_words
 from analysis.types import Cell, Selection, Signals, VisualTokens
 
 _KEY = ["image_id", "ref_id", "sent_id"]
@@ -125,6 +130,27 @@ def _place(selection: Selection, n: int, cell: Cell, seed: int) -> tuple[Tensor,
     return selection.features, assign(selection.origin, n, cell.ids, seed)
 
 
+@dataclass
+class Pace:
+    """How a run goes: how many expressions are answered and images encoded together, which falls when memory runs out;
+    a `draft` of the answers; and how many tokens have been generated."""
+
+    expressions: int
+    images: int
+    draft: Sequence[int] = ()
+    tokens: int = 0
+
+
+def form(model: Model) -> list[int]:
+    """A `draft` of boxes: the tokens that all have in common in the model's dialect.
+
+    The same in every run, for what is tried ahead moves the last bit of a logit, and in 16 bits near ties with it.
+    """
+    boxes = np.random.default_rng(0).uniform(0.1, 0.99, (100, 4))
+    written = map(DIALECTS[model.dialect].format, boxes)
+    return usual([model.tokenizer.encode(text, add_special_tokens=False) for text in written])
+
+
 def _out_of_memory(model: Model, size: int, what: str) -> int:
     """Half of `size`, with a word to the user. RuntimeError where one is already too many."""
     if size <= 1:
@@ -138,43 +164,48 @@ def _out_of_memory(model: Model, size: int, what: str) -> int:
 
 @torch.inference_mode()
 def _answer(
-    model: Model, placed: dict[Any, tuple[Tensor, Ids]], prompts: dict[Any, tuple[Tensor, Tensor]]
+    model: Model, placed: dict[Any, tuple[Tensor, Ids]], prompts: dict[Any, tuple[Tensor, Tensor]], draft: Sequence[int]
 ) -> list[list[int] | None]:
-    """The tokens that answer one batch; arguments by row index. Rows that hold the same tuple share their prefill."""
-    shared, owner, questions = {}, [], []
+    """The tokens that answer one batch; arguments by row index. Rows that hold the same tuple share their prefill, and
+    all images that of the words before them."""
+    words, shared, owner, questions = {}, {}, [], []
     for row, (features, ids) in placed.items():
         prefix, suffix = prompts[row]
         positions = layout(len(prefix), ids.visual, ids.text, len(suffix))
-        before, after = positions.tensor_split([len(prefix) + len(features)])
-        key = id(features), tuple(prefix.tolist())  # in some prompts the expression comes before the image
-        if key not in shared:
-            shared[key] = len(shared), torch.cat([model.embed(prefix), features]), before
+        first, image, last = positions.tensor_split([len(prefix), len(prefix) + len(features)])
+        said = tuple(prefix.tolist())  # in some prompts the expression comes before the image
+        if said not in words:
+            words[said] = len(words), model.embed(prefix), first
+        if (key := (id(features), said)) not in shared:
+            shared[key] = len(shared), features, image, words[said][0]
         owner.append(shared[key][0])
-        questions.append((model.embed(suffix), after))
-    _, beginnings, their_ids = zip(*shared.values())
-    context = begin(model.decoder, beginnings, their_ids, owner)
+        questions.append((model.embed(suffix), last))
+    _, *said = zip(*words.values())
+    _, *images, whose = zip(*shared.values())
+    context = begin(model.decoder, *images, owner, context=begin(model.decoder, *said, whose))
     return greedy(model.decoder, model.head, *zip(*questions), embed=model.embed, max_new_tokens=model.max_new_tokens,
-                  eos=model.eos, context=context)
+                  eos=model.eos, context=context, draft=draft)
 
 
 def _answers(
     model: Model, placed: dict[Any, tuple[Tensor, Ids]], prompts: dict[str, tuple[Tensor, Tensor]], rows: pd.DataFrame,
-    sizes: dict[str, int], bar: tqdm,
+    pace: Pace, bar: tqdm,
 ) -> tuple[pd.Series, pd.Series]:
     """The model's text for each row, "" where there is none, and why there is none, in batches of similar length.
 
-    placed: by row index; sizes: "expressions", how many are answered together, which falls when memory runs out.
+    placed: by row index.
     """
     raw, errors = (pd.Series("", index=rows.index) for _ in range(2))
     todo = sorted(placed, key=lambda row: len(placed[row][0]))  # stable: the rows of an image stay together
     while todo:
-        part = todo[: sizes["expressions"]]
+        part = todo[: pace.expressions]
         try:
             tokens = _answer(model, {row: placed[row] for row in part},
-                             {row: prompts[rows["expression"][row]] for row in part})
+                             {row: prompts[rows["expression"][row]] for row in part}, pace.draft)
         except torch.OutOfMemoryError:
-            sizes["expressions"] = _out_of_memory(model, len(part), "expressions")
+            pace.expressions = _out_of_memory(model, len(part), "expressions")
             continue
+        pace.tokens += sum(len(answer) for answer in tokens if answer is not None)
         raw[part] = ["" if answer is None else model.text(answer) for answer in tokens]
         errors[part] = ["the model's logits are not numbers (NaN)" if answer is None else "" for answer in tokens]
         todo = todo[len(part) :]
@@ -194,19 +225,19 @@ def needs_text(model: Model, prune: Pruner, keep: float | None) -> bool:
 
 
 def _encode(
-    model: Model, images: dict[Any, Image.Image], sizes: dict[str, int]
+    model: Model, images: dict[Any, Image.Image], pace: Pace
 ) -> Iterator[tuple[list, VisualTokens]]:
-    """(IDs, tokens) of the images, in batches of one layout. sizes: as for `_answers`, "images"."""
+    """(IDs, tokens) of the images, in batches of one layout."""
     layouts: dict[Hashable, list] = {}
     for image_id, image in images.items():
         layouts.setdefault(model.layout(image.size), []).append(image_id)
     for todo in layouts.values():
         while todo:
-            part = todo[: sizes["images"]]
+            part = todo[: pace.images]
             try:
                 visual = model.encode([images[image_id] for image_id in part])
             except torch.OutOfMemoryError:
-                sizes["images"] = _out_of_memory(model, len(part), "images")
+                pace.images = _out_of_memory(model, len(part), "images")
                 continue
             yield part, visual
             todo = todo[len(part) :]
@@ -233,12 +264,11 @@ def _select(
 
 
 def _pieces(
-    model: Model, dataset: RecDataset, rows: pd.DataFrame, missing: Sequence[Cell], by_text: dict[tuple, bool],
-    sizes: dict[str, int], bar: tqdm,
+    model: Model, dataset: RecDataset, rows: pd.DataFrame, images: dict[Any, Image.Image], errors: dict[Any, str],
+    missing: Sequence[Cell], by_text: dict[tuple, bool], pace: Pace, bar: tqdm,
 ) -> Iterator[tuple[Cell, pd.DataFrame]]:
-    """The finished rows of one chunk, cell by cell."""
-    images, errors = _readable(model, dataset, rows)
-    encoded = list(_encode(model, images, sizes))
+    """The finished rows of one chunk, cell by cell; images and errors as `_readable` gives them."""
+    encoded = list(_encode(model, images, pace))
     lengths = {image_id: visual.length for image_ids, visual in encoded for image_id in image_ids}
     ask = model.ask if "answer" in rows else model.prompt
     prompts = {expression: ask(expression) for expression in rows["expression"].unique()}
@@ -247,13 +277,13 @@ def _pieces(
         key = (cell.pruner, cell.keep, cell.seed)
         if key not in made:
             made[key] = {row: selection for image_ids, visual in encoded for row, selection in
-                         _select(model, visual, image_ids, rows, cell, by_text[key[:2]], sizes["expressions"]).items()}
+                         _select(model, visual, image_ids, rows, cell, by_text[key[:2]], pace.expressions).items()}
         once = {id(selection): (selection, rows["image_id"][row]) for row, selection in made[key].items()}
         done = {name: _place(selection, lengths[i], cell, image_seed(cell.seed, i))
                 for name, (selection, i) in once.items()}
         placed = {row: done[id(selection)] for row, selection in made[key].items()}
         whose = dict(model=model.name, revision=model.revision, dataset=dataset.name, split=dataset.split)
-        raw, failed = _answers(model, placed, prompts, rows, sizes, bar)
+        raw, failed = _answers(model, placed, prompts, rows, pace, bar)
         answered = dict(
             raw=raw, dialect=model.dialect, frame=model.frame,
             **cell.columns(),
@@ -271,17 +301,20 @@ def _device(model: Model) -> str:
 
 def evaluate(
     model: Model, dataset: RecDataset, grid: Sequence[Cell], out: str | Path, *,
-    batch_size: int = 32, chunk: int = 25, max_failed: float = 0.05, progress: bool = True,
+    batch_size: int = 32, chunk: int = 25, shard: str = "1/1", max_failed: float = 0.05, progress: bool = True,
 ) -> pd.DataFrame:
     """Answer every expression in every cell; write the rows to `out` (Parquet) and return them, cell by cell.
 
     batch_size: expressions answered together; chunk: images encoded together; both are halved where memory runs out. A
     killed run goes on where it stopped, and a finished one is read back; delete
     `out` and `<out>.parts` after a change of code, which is not noticed, unlike one of model, data or settings.
+    shard: "2/5" does the second of five shares of the work, on any machine and in any order, and writes its rows to
+    `results.shard_path(out, "2/5")`; `results.merge_shards` makes of all five the file of one run, to the byte.
     Expressions of an unreadable image have raw "", tokens NaN and the reason in the column "error", those whose logits
     are not numbers raw "" and that reason. max_failed: share of all rows that may fail so; beyond it the run stops.
     Everything is checked before work starts: ValueError for bad cells, for data that are empty, incomplete,
-    repeated or impossible, and for a pruner that cannot run on this model or with this keep ratio.
+    repeated or impossible, for a pruner that cannot run on this model or with this keep ratio, and for a shard that is
+    none or more than there are pieces of work.
     RuntimeError beyond `max_failed`, when one expression alone needs more memory than there is, and while another
     process works on the same `out`.
     """
@@ -291,6 +324,10 @@ def evaluate(
     for name, size in (("batch_size", batch_size), ("chunk", chunk)):
         if size < 1:
             raise ValueError(f"{name} must be >= 1, got {size}")
+    pieces = len(grid) * -(-dataset.rows["image_id"].nunique() // chunk)
+    if (shards := results.parse_shard(shard)[1]) > pieces:
+        raise ValueError(f"shard {shard} of {pieces} pieces of work, each one cell on up to {chunk} images; there can "
+                         f"be no more than {pieces} shards")
     by_text = {}
     for pruner, keep in dict.fromkeys((c.pruner, c.keep) for c in grid):
         try:
@@ -307,19 +344,26 @@ def evaluate(
     key = results.fingerprint({k: v for k, v in settings.items() if k != "commit"})
     whole = settings | {"cells": [cell.columns() for cell in grid]}
     whole["fingerprint"] = results.fingerprint([key, whole["cells"]])
-    begun = time.monotonic()
+    if shards > 1:
+        whole |= {"shard": shard, "whole": whole["fingerprint"]}
+        whole["fingerprint"] = results.fingerprint([key, whole["cells"], shard])
+    out = results.shard_path(out, shard)
+    begun, draft = time.monotonic(), () if "answer" in dataset.rows else form(model)
+    pace = Pace(batch_size, chunk, draft)
     with results.alone(out):
         if (rows := results.finished(out, whole["fingerprint"])) is None:
-            rows = _run(model, dataset, grid, by_text, out, key, whole, batch_size, chunk, max_failed, progress)
+            rows = _run(model, dataset, grid, by_text, out, key, whole, pace, shard, max_failed, progress)
         results.remove_parts(out)
-    print(_summary(model, out, rows, time.monotonic() - begun))
+    print(_summary(model, out, rows, pace, time.monotonic() - begun))
     return rows
 
 
-def _summary(model: Model, out: Path, rows: pd.DataFrame, seconds: float) -> str:
+def _summary(model: Model, out: Path, rows: pd.DataFrame, pace: Pace, seconds: float) -> str:
     """What a run has done, in a few lines; reasons of failure are counted."""
-    lines = [f"{out.name}: {len(rows)} rows, {rows['image_id'].nunique()} images, {seconds:.1f} s, "
-             f"{len(rows) / max(seconds, 1e-3):.0f} expressions/s"]
+    invalid = (score_words if "answer" in rows else score)(rows[rows["error"] == ""])["invalid"].sum()
+    lines = [f"{out.name}: {len(rows)} rows, {rows['image_id'].nunique()} images, {invalid} answers that are none, "
+             f"{seconds:.1f} s, {len(rows) / max(seconds, 1e-3):.0f} expressions/s, "
+             f"{pace.tokens / max(seconds, 1e-3):.0f} tokens/s generated"]
     if model.device.type == "cuda":
         lines[0] += f", peak memory {torch.cuda.max_memory_allocated(model.device) / 1e9:.1f} GB"
     failed = rows.loc[rows["error"] != "", "error"]
@@ -329,30 +373,39 @@ def _summary(model: Model, out: Path, rows: pd.DataFrame, seconds: float) -> str
 
 def _run(
     model: Model, dataset: RecDataset, grid: list[Cell], by_text: dict[tuple, bool], out: Path, key: str,
-    provenance: dict, batch_size: int, chunk: int, max_failed: float, progress: bool,
+    provenance: dict, pace: Pace, shard: str, max_failed: float, progress: bool,
 ) -> pd.DataFrame:
-    """Work off the pieces that have no part yet, then merge."""
+    """Work off the shard's pieces that have no part yet, then merge them, cell by cell."""
     data = dataset.rows.reset_index(drop=True)
-    image_ids = data["image_id"].unique()
+    image_ids, chunk = data["image_id"].unique(), pace.images
     chunks = [data[data["image_id"].isin(image_ids[i : i + chunk])] for i in range(0, len(image_ids), chunk)]
+    pieces, (share, of) = list(product(range(len(chunks)), grid)), results.parse_shard(shard)
+    mine = pieces[len(pieces) * (share - 1) // of : len(pieces) * share // of]
 
     def part(number: int, cell: Cell) -> Path:
         return results.parts_folder(out) / f"{number:05d}-{results.fingerprint(cell.columns())}.parquet"
 
-    sizes, failed, reason = {"expressions": batch_size, "images": chunk}, 0, ""
-    with tqdm(total=len(data) * len(grid), unit=" expressions", disable=not progress) as bar:
-        for number, rows in enumerate(chunks):
-            done = {cell: results.finished(part(number, cell), key) for cell in grid}
-            missing = [cell for cell in grid if done[cell] is None]
+    failed, reason = 0, ""
+    total, reading = sum(len(chunks[number]) for number, _ in mine), {}
+    with ThreadPoolExecutor(1) as reader, tqdm(total=total, unit=" expressions", disable=not progress) as bar:
+        for number, group in groupby(mine, key=itemgetter(0)):
+            rows, done = chunks[number], {cell: results.finished(part(number, cell), key) for _, cell in group}
+            missing = [cell for cell, table in done.items() if table is None]
             tables = [table for table in done.values() if table is not None]
             bar.update(sum(map(len, tables)))
-            for cell, table in _pieces(model, dataset, rows, missing, by_text, sizes, bar) if missing else ():
-                results.write_rows(part(number, cell), table, {"fingerprint": key})
-                tables.append(table)
+            if missing:
+                for i in range(number, min(number + 1, mine[-1][0]) + 1):  # the next images while the model has these
+                    if i not in reading:
+                        reading[i] = reader.submit(_readable, model, dataset, chunks[i])
+                readable = reading.pop(number).result()
+                for cell, table in _pieces(model, dataset, rows, *readable, missing, by_text, pace, bar):
+                    results.write_rows(part(number, cell), table, {"fingerprint": key})
+                    tables.append(table)
             errors = pd.concat(table["error"] for table in tables)
             failed, reason = failed + (errors != "").sum(), max(errors, default="") or reason
             if failed > max_failed * bar.total:
                 raise RuntimeError(
                     f"{failed} of {bar.total} rows have failed, more than the share max_failed={max_failed}; one reason: "
                     f"{reason}. The rows so far are kept: mend the cause, or give a larger max_failed, and run again")
-    return results.merge(out, [part(i, cell) for cell in grid for i in range(len(chunks))], provenance)
+    mine.sort(key=lambda piece: grid.index(piece[1]))  # stable: the chunks of a cell stay in order
+    return results.merge(out, [part(*piece) for piece in mine], provenance)

@@ -104,6 +104,7 @@ TEXT: dict[str, Callable[[int, Tensor], int]] = {
 
 
 def _fraction(text: str) -> Fraction:
+    text = str(float(text)) if "e" in text.lower() else text  # 1e999999999 as a fraction would fill the memory
     return Fraction(text).limit_denominator(10**6)  # bounded, so that origin * numerator stays inside int64
 
 
@@ -122,6 +123,8 @@ def parse_spec(spec: str, registry: dict[str, Callable] = IDS) -> Spec:
     Raises ValueError on an unknown name or text rule, a missing or surplus value, a value out of range, and an order
     with a text rule.
     """
+    if not isinstance(spec, str):
+        raise ValueError(f"an order or IDs are named by a text such as 'original', got {spec!r:.60}")
     rest, at, text = spec.partition("@")
     name, colon, written = rest.partition(":")
     pick(registry, name, "order" if registry is ORDERS else "IDs")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from difflib import get_close_matches
 from typing import Any
 
@@ -11,11 +11,11 @@ import pandas as pd
 
 def pick(registry: Mapping[str, Any], name: str, what: str) -> Any:
     """registry[name]; raises ValueError with the closest name and all valid ones. what: the kind of thing, "frame"."""
-    if name in registry:
+    if isinstance(name, Hashable) and name in registry:
         return registry[name]
     close = get_close_matches(str(name), registry, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
-    raise ValueError(f"unknown {what} {name!r}; {hint}valid: {', '.join(registry)}")
+    raise ValueError(f"unknown {what} {name!r:.100}; {hint}valid: {', '.join(registry)}")
 
 
 def matching(table: pd.DataFrame, where: Mapping[str, Any]) -> pd.DataFrame:

@@ -2,7 +2,8 @@
 
 A long evaluation collects parts in `<out>.parts/`, one small file per finished piece of work, and merges them at the
 end. Every file is written under a temporary name and renamed, so a kill at any moment leaves only whole files. A part
-carries the fingerprint of its run; one of another run, or a damaged one, counts as missing.
+carries the fingerprint of its run; one of another run, or a damaged one, counts as missing. A run may be dealt out to
+shards, on as many machines, each with a file of its own, which `merge_shards` makes into the file of the whole.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 from collections.abc import Iterable, Iterator
@@ -68,11 +70,12 @@ def _read(path: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
         raise FileNotFoundError(f"no rows at {path}; run the notebook that writes them")
     try:
         table = parquet.ParquetFile(path, page_checksum_verification=True).read()
-        return table.to_pandas(), json.loads(table.schema.metadata[b"provenance"])
-    except KeyError:
-        raise ValueError(f"{path} has no provenance; only files that `write_rows` wrote are read") from None
-    except (pa.ArrowException, OSError, ValueError) as error:
+        rows, made = table.to_pandas(), json.loads((table.schema.metadata or {}).get(b"provenance", b"null"))
+    except Exception as error:  # damage makes Arrow and pandas raise anything
         raise ValueError(f"{path} is damaged ({error}); delete it and run its notebook again") from error
+    if not isinstance(made, dict):
+        raise ValueError(f"{path} has no provenance; only files that `write_rows` wrote are read")
+    return rows, made
 
 
 def read_rows(paths: str | Path | Iterable[str | Path]) -> pd.DataFrame:
@@ -132,3 +135,53 @@ def remove_parts(out: Path) -> None:
     """Remove the parts of a merged `out`, if there are any."""
     if parts_folder(out).exists():
         shutil.rmtree(parts_folder(out))
+
+
+def parse_shard(shard: str) -> tuple[int, int]:
+    """Number and count of a shard: "2/5", the second of five, is (2, 5). ValueError for what is none."""
+    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", shard)
+    number, count = map(int, match.groups()) if match else (0, 0)
+    if not 1 <= number <= count:
+        raise ValueError(f"a shard is given as number/count, such as 2/5 for the second of five; got {shard!r}")
+    return number, count
+
+
+def shard_path(out: str | Path, shard: str) -> Path:
+    """Where the rows of a shard of `out` go: rows.2of5.parquet beside rows.parquet, and `out` itself for "1/1"."""
+    out, (number, count) = Path(out), parse_shard(shard)
+    return out if count == 1 else out.with_name(f"{out.stem}.{number}of{count}{out.suffix}")
+
+
+def merge_shards(out: str | Path, shards: Iterable[str | Path]) -> pd.DataFrame:
+    """Write the rows of all shards of a run to `out`, the same file to the byte as the run in one piece writes.
+
+    shards: their files, in any order. Rows are sorted by cell, in the order of the run's cells, then by the number of
+    the shard, and are otherwise left in their order. Raises FileNotFoundError and ValueError as `read_rows` does, and
+    ValueError where a file is no shard, where two are of different runs or the same shard, and where one is missing.
+    """
+    paths = [Path(path) for path in shards]
+    if not paths:
+        raise ValueError("no shards to merge; give the files of all of them")
+    tables, commits, whole, total = {}, set(), {}, 0
+    for path in paths:
+        rows, made = _read(path)
+        if "shard" not in made:
+            raise ValueError(f"{path} is no shard, it holds the rows of a whole run")
+        number, count = parse_shard(made.pop("shard"))
+        made["fingerprint"] = made.pop("whole")
+        commits.add(made.pop("commit"))  # does not make another run of it, as when a killed one is resumed
+        whole, total = whole or made, total or count
+        differ = sorted(name for name in {*made, *whole} - {"fingerprint"} if made.get(name) != whole.get(name))
+        differ += ["number of shards"] if count != total else []
+        if differ:
+            raise ValueError(f"{path} and {paths[0]} are of different runs: they differ in {', '.join(differ)}")
+        if number in tables:
+            raise ValueError(f"{path} is shard {number}/{count}, which is there already; each shard counts once")
+        tables[number] = rows
+    if missing := [f"{number}/{total}" for number in range(1, total + 1) if number not in tables]:
+        raise ValueError(f"shards {', '.join(missing)} are missing; {out} is written when all {total} are there")
+    rows = pd.concat([tables[number] for number in sorted(tables)], ignore_index=True)
+    cell = rows.groupby(list(whole["cells"][0]), dropna=False, sort=False).ngroup()  # in order of first appearance
+    rows = rows.iloc[cell.argsort(kind="stable")].reset_index(drop=True)
+    write_rows(out, rows, whole | {"commit": ", ".join(sorted(commits))})
+    return rows

@@ -7,7 +7,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from analysis.decode import begin, causal_mask, greedy, hidden_states, prefill
+from analysis import cascade
+from analysis.decode import begin, causal_mask, greedy, hidden_states, prefill, usual
 from analysis.positions import assign, layout
 
 VOCABULARY, WIDTH, NEW, NEVER = 50, 32, 12, -2
@@ -58,10 +59,11 @@ def naive(embeds, ids, new=NEW, stop=NEVER):
     return answer
 
 
-def decode(embeds, ids, padding="left", new=NEW, eos=NEVER, attention="sdpa"):
+def decode(embeds, ids, padding="left", new=NEW, eos=NEVER, attention="sdpa", draft=()):
     model = llama(attention)
     embed = model.model.embed_tokens
-    return greedy(model.model, model.lm_head, embeds, ids, embed=embed, max_new_tokens=new, eos=eos, padding=padding)
+    return greedy(model.model, model.lm_head, embeds, ids, embed=embed, max_new_tokens=new, eos=eos, padding=padding,
+                  draft=draft)
 
 
 @cache
@@ -75,7 +77,7 @@ def test_the_model_is_sensitive_enough_to_test_with():
     assert len({str(expected(scheme)) for scheme in SCHEMES}) == len(SCHEMES)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "cascade"])
 @pytest.mark.parametrize("padding", PADDINGS)
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_greedy_equals_the_naive_loop(scheme, padding, attention):
@@ -87,10 +89,12 @@ def test_greedy_equals_the_naive_loop(scheme, padding, attention):
 
 @pytest.mark.parametrize("padding", PADDINGS)
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_sequences_that_share_their_beginning(scheme, padding):
+@pytest.mark.parametrize("long", [1, 1000])  # with the shared keys copied for the fused kernel, and never
+def test_sequences_that_share_their_beginning(scheme, padding, long, monkeypatch):
     """Each beginning is run once, whatever its length; two questions after each, of one and of three tokens."""
     embeds, ids = batch(scheme)
-    model, draw = llama("sdpa"), torch.Generator().manual_seed(2)
+    monkeypatch.setattr(cascade, "LONG", long)
+    model, draw = llama("cascade"), torch.Generator().manual_seed(2)
     ends = [torch.randn(length, WIDTH, generator=draw) for length in (3, 1, 3, 1, 1, 3)]
     owner = [0, 0, 2, 1, 2, 1]
     end_ids = [ids[i][-1] + 1 + torch.arange(len(e)) for i, e in zip(owner, ends)]
@@ -106,6 +110,60 @@ def test_sequences_that_share_their_beginning(scheme, padding):
     assert answers == [naive(torch.cat([embeds[i], e]), torch.cat([ids[i], j]), new=4)
                        for i, e, j in zip(owner, ends, end_ids)]
     assert len({str(answer) for answer in answers}) == 6
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("long", [1, 3, 1000])
+def test_beginnings_that_share_their_own_beginning(scheme, padding, long, monkeypatch):
+    embeds, ids = batch(scheme)
+    monkeypatch.setattr(cascade, "LONG", long)
+    model, draw = llama("cascade"), torch.Generator().manual_seed(3)
+    words = [torch.randn(length, WIDTH, generator=draw) for length in (2, 4)]
+    ends, owner, whose = [torch.randn(2, WIDTH, generator=draw) for _ in range(4)], [2, 0, 1, 0], [0, 1, 1]
+    word_ids = [torch.arange(len(w)) for w in words]
+    ids = [4 + i for i in ids]
+    end_ids = [ids[i][-1] + 1 + torch.arange(2) for i in owner]
+    full = [naive(torch.cat([words[whose[i]], embeds[i], e]), torch.cat([word_ids[whose[i]], ids[i], j]), new=6)
+            for i, e, j in zip(owner, ends, end_ids)]
+    for eos in (NEVER, full[1][2]):  # some leave the batch, and what they shared stays in order
+        context = begin(model.model, embeds, ids, owner, context=begin(model.model, words, word_ids, whose))
+        answers = greedy(model.model, model.lm_head, ends, end_ids, embed=model.model.embed_tokens, max_new_tokens=6,
+                         eos=eos, context=context, padding=padding, draft=[*full[0][:2], -1, *full[0][3:]])
+        assert answers == [answer[: answer.index(eos)] if eos in answer else answer for answer in full]
+    with pytest.raises(ValueError, match="shared beginnings need a decoder with attn_implementation 'cascade'"):
+        hidden_states(llama("sdpa").model, ends, end_ids, context=context)
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_draft_right_or_wrong_changes_no_answer_and_saves_forwards(scheme, padding):
+    """Drafts that are right, wrong at a place, open at a place, another sequence's, too short, too long; with eos."""
+    embeds, ids = batch(scheme)
+    full, sizes = expected(scheme), []
+    hook = llama("sdpa").model.register_forward_pre_hook(
+        lambda module, args, inputs: sizes.append(inputs["inputs_embeds"].shape[1]), with_kwargs=True)
+    for right in full:
+        wrong = [*right[:5], (right[5] + 1) % VOCABULARY, *right[6:]]
+        opened = [*right[:3], -1, *right[4:9], -1, *right[10:]]
+        for draft in (right, wrong, opened, right[:4], right * 3, [-1] * NEW, [VOCABULARY - 1] * NEW, []):
+            for eos in (NEVER, right[4], right[-1]):
+                cut = [answer[: answer.index(eos)] if eos in answer else answer for answer in full]
+                assert decode(embeds, ids, padding, eos=eos, draft=draft) == cut, (draft, eos)
+    sizes.clear()
+    assert decode(embeds[:1], ids[:1], padding, draft=full[0]) == full[:1]
+    assert sizes[1:] == [NEW - 1]  # the prefill, and one forward for all the rest
+    sizes.clear()
+    assert decode(embeds[:1], ids[:1], padding, draft=[*full[0][:6], -1, *full[0][7:]]) == full[:1]
+    assert sizes[1:] == [6, 5]
+    hook.remove()
+
+
+def test_usual_is_what_nine_in_ten_say():
+    answers = [[5, 1, 7, 8]] * 18 + [[5, 2, 7], [5, 3, 9]]
+    assert usual(answers) == [5, 1, 7, 8]
+    assert usual(answers + [[6], [6, 1]]) == [5, -1, -1, -1]
+    assert usual([]) == [] and usual([[]]) == []
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -60,7 +60,7 @@ def test_logits_that_are_no_numbers_are_marked_and_counted(whole, tiny, tmp_path
         calls.append(1)
         if len(calls) % 40 == 1:
             logits = logits.clone()
-            logits[0, 3] = float("nan")
+            logits[0, ..., 3] = float("nan")
         return logits
 
     monkeypatch.setattr(tiny.head, "forward", broken)

@@ -15,7 +15,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from analysis import models
 from analysis.decode import greedy, prefill
-from analysis.evaluate import _encode
+from analysis.evaluate import Pace, _encode
 from analysis.positions import assign, layout, reorder
 from analysis.pruning import budget, pruner, select
 from tests import conftest
@@ -130,7 +130,7 @@ def test_layouts(model):
         index, tiles = model.mosaic(size)
         assert mosaics.setdefault(model.layout(size), index).equal(index) and int(index.max()) < tiles * GRID**2
     images = {name: noise(*size, i) for i, (name, size) in enumerate(zip("abcde", [*SIZES[:3], (47, 30), (30, 47)]))}
-    batches = list(_encode(model, images, {"images": 10}))
+    batches = list(_encode(model, images, Pace(expressions=1, images=10)))
     assert sorted(name for names, _ in batches for name in names) == list(images) and len(batches) == 3
     for names, visual in batches:
         for i, name in enumerate(names):

@@ -25,7 +25,7 @@ def test_the_readme_names_commands_and_files_that_exist():
     if not (ROOT / "README.md").is_file():
         pytest.skip("README.md is not written yet")
     readme, makefile = (ROOT / "README.md").read_text(), (ROOT / "Makefile").read_text()
-    for target in re.findall(r"(?:^|`)make (\w+)", readme, re.M):
+    for target in re.findall(r"(?:^|`)make ([\w-]+)", readme, re.M):
         assert re.search(rf"^{target}:", makefile, re.M), f"the Makefile has no target {target}"
     for path in re.findall(r"\bnotebooks/\w+\.ipynb", readme):
         assert (ROOT / path).is_file(), f"{path} does not exist"

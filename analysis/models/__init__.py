@@ -15,7 +15,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from safetensors import safe_open
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from analysis.models import llava, llava_next, minigpt_v2, shikra
 from analysis.models.base import ATTENTION, Model
@@ -97,12 +97,31 @@ def _find(name: str, revision: str | None) -> tuple[Path, str]:
     return folder, _digest(folder)
 
 
-def _check_memory(folder: Path, name: str, device: str, dtype: torch.dtype) -> None:
-    """Raises MemoryError where the weights alone are more than what is free."""
-    numbers = 0
+def _stored(folder: Path) -> list[int]:
+    """How many numbers each of the folder's weights has."""
+    found = []
     for file in folder.glob("*.safetensors"):
         with safe_open(file, "pt") as weights:
-            numbers += sum(prod(weights.get_slice(key).get_shape()) for key in weights.keys())
+            found += [prod(weights.get_slice(key).get_shape()) for key in weights.keys()]
+    return found
+
+
+def _check_config(folder: Path, config: PreTrainedConfig, build: type[PreTrainedModel]) -> None:
+    """Raises ValueError, before memory is taken, where config.json is of a far larger model than the weights are."""
+    stored = _stored(folder)
+    for part in (config.vision_config, config.text_config):
+        if not 0 < part.num_hidden_layers <= len(stored):
+            raise ValueError(f"config.json has a part of {part.num_hidden_layers} layers, but the files hold "
+                             f"{len(stored)} weights in all")
+    with torch.device("meta"):
+        numbers = sum(weight.numel() for weight in build(config).parameters())
+    if numbers > 2 * sum(stored):
+        raise ValueError(f"config.json describes {numbers} parameters, but the files hold {sum(stored)}")
+
+
+def _check_memory(folder: Path, name: str, device: str, dtype: torch.dtype) -> None:
+    """Raises MemoryError where the weights alone are more than what is free."""
+    numbers = sum(_stored(folder))
     needed, cuda = numbers * dtype.itemsize, device.startswith("cuda")
     free = torch.cuda.mem_get_info(device)[0] if cuda else psutil.virtual_memory().available
     if needed > free:
@@ -127,20 +146,26 @@ def load(
     folder, found = _find(name, revision)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         if isinstance(dtype, str):
             dtype = pick({kind: getattr(torch, kind) for kind in ("float32", "bfloat16", "float16")}, dtype, "dtype")
         dtype = dtype or (torch.float32 if device == "cpu" else config.dtype or torch.float32)
         _check_memory(folder, name, device, dtype)
         family = pick(FAMILIES, config.model_type, "model family")
         build, options = family.whole_class(config)
+        _check_config(folder, config, build)
         whole, info = build.from_pretrained(
             folder, config=config, dtype=dtype, attn_implementation=ATTENTION, local_files_only=True,
-            output_loading_info=True, **options,
+            output_loading_info=True, use_safetensors=True, **options,
         )
         if wrong := {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}:
             raise ValueError(f"{name}: the weights do not fit config.json: {wrong}")
         shown = folder.resolve().name if Path(name).is_dir() or name in MODELS else name
         return family.assemble(whole, source=str(folder), name=shown, revision=found, device=device)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except OSError as error:
         raise FileNotFoundError(f"{folder} is incomplete: {error}") from error
+    except Exception as error:  # broken files make transformers raise anything
+        said = error if type(error) is ValueError else f"{type(error).__name__}: {error}"
+        raise ValueError(f"{name} cannot be loaded: {said}") from error

@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from analysis import cascade
 from analysis.models import clip
 from analysis.types import Signals, VisualTokens
 
@@ -29,7 +30,8 @@ SYSTEM = (
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
 # CLS attention needs eager attention in the tower; `decode` needs a decoder that takes a 4-D mask.
-ATTENTION = {"vision_config": "eager", "text_config": "sdpa"}
+ATTENTION = {"vision_config": "eager", "text_config": cascade.NAME}
+LONGEST = 2**14  # pixels of an image's longer side: its square in RGB takes 0.8 GB
 
 
 def pad_to_square(image: Image.Image, fill: tuple[int, int, int]) -> Image.Image:
@@ -89,7 +91,12 @@ class Model:
         return self.embed.weight.dtype
 
     def layout(self, size: tuple[int, int]) -> Hashable:
-        """Images whose sizes (width, height) have equal layouts can be encoded in one batch; here all can."""
+        """Images whose sizes (width, height) have equal layouts can be encoded in one batch; here all can.
+
+        Raises ValueError for an image that cannot be read, here one too long to be padded to a square.
+        """
+        if max(size) > LONGEST:
+            raise ValueError(f"an image of {size[0]} x {size[1]} pixels is too long; {LONGEST} pixels are the most")
         return None
 
     def squared(self, image: Image.Image) -> Image.Image:
@@ -166,12 +173,17 @@ class Model:
 
 
 def _normalisation(source: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation [3] from the preprocessor's file, CLIP's where there is none."""
+    """Mean and standard deviation [3] from the preprocessor's file, CLIP's where there is none; else ValueError."""
     try:
         written = ImageProcessingMixin.get_image_processor_dict(source, local_files_only=True)[0]
     except OSError:
         written = {}
-    return tuple(written.get("image_mean", OPENAI_CLIP_MEAN)), tuple(written.get("image_std", OPENAI_CLIP_STD))
+    found = [written.get(f"image_{key}", clip) for key, clip in (("mean", OPENAI_CLIP_MEAN), ("std", OPENAI_CLIP_STD))]
+    for numbers in found:
+        if not (isinstance(numbers, list | tuple) and len(numbers) == 3 and
+                all(type(number) in (int, float) and abs(number) < 1e6 for number in numbers)):
+            raise ValueError(f"{source}: image_mean and image_std must be three numbers each, not {found!r:.100}")
+    return tuple(found[0]), tuple(found[1])
 
 
 def feature_layer(config) -> int:
@@ -194,7 +206,7 @@ def parts(whole: nn.Module, source: str, name: str, revision: str, device: str) 
     Raises ValueError for a tokenizer without BOS or EOS, OSError where a file is missing.
     """
     whole = whole.to(device).eval().requires_grad_(False)
-    tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
     if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
         raise ValueError(f"{name}: tokenizer_config.json must name bos_token, which begins prompts, and eos_token")
     mean, std = _normalisation(source)

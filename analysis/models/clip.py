@@ -54,10 +54,10 @@ def load(source: str | Path, device: torch.device, dtype: torch.dtype, width: in
     Raises ValueError if it is another tower's, FileNotFoundError with the command to run if it is not here.
     """
     try:
-        config = AutoConfig.from_pretrained(source, local_files_only=True)
+        config = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
         build = StemClip if getattr(config.vision_config, "stem", None) else CLIPModel
-        model = build.from_pretrained(source, config=config, dtype=dtype, local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
+        model = build.from_pretrained(source, config=config, dtype=dtype, local_files_only=True, use_safetensors=True)
+        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
     except OSError as error:
         raise FileNotFoundError(
             f"this pruner compares patches with words and needs the CLIP {str(source)!r}, which is not on this "

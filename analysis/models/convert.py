@@ -239,7 +239,7 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if old and not (is_sentencepiece_available() and is_protobuf_available()):
         raise ImportError(f"{folder} has a tokenizer.model and no tokenizer.json; to read it: "
                           f"pip install sentencepiece protobuf")
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def refuse_full(out: Path) -> None:

@@ -47,6 +47,8 @@ PRUNERS: dict[str, Pruner] = {
 
 def pruner(spec: str) -> Pruner:
     """The method that a specification names, its options bound. Raises ValueError on an unknown name or option."""
+    if not isinstance(spec, str):
+        raise ValueError(f"a pruner is named by a text such as 'trim' or 'trim:anchor=last', got {spec!r:.60}")
     name, _, written = spec.partition(":")
     prune = pick(PRUNERS, name, "pruner")
     valid = {k: p for k, p in signature(prune).parameters.items() if p.kind is p.KEYWORD_ONLY and k != "seeds"}
@@ -58,7 +60,10 @@ def pruner(spec: str) -> Pruner:
         if not valid:
             raise ValueError(f"pruner {name!r} takes no options, got {spec!r}")
         pick(valid, option, f"option of pruner {name!r}")
-        options[option] = yaml.safe_load(value)
+        try:
+            options[option] = yaml.safe_load(value)
+        except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
+            raise ValueError(f"option {option!r} in {spec!r:.100} has a value that cannot be read: {error}") from error
     return partial(prune, **options) if options else prune
 
 

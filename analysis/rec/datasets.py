@@ -159,7 +159,7 @@ def _refcoco(
     if not images and not refcoco.holds_images(files):
         raise ValueError(f"{files[0]} holds no images: give images=<folder of COCO train2014>; {refcoco.FETCH}")
     image = refcoco.folder_images(rows["file_name"], images) if images else refcoco.stored_images(files)
-    return RecDataset(dataset, split, rows, lambda image_id: image(image_id).convert("RGB"))
+    return RecDataset(dataset, split, rows, lambda image_id: refcoco.rgb(image, image_id))
 
 
 def load(

@@ -7,20 +7,23 @@ in pixels of the original image, and file_name is COCO's. Nothing in a file is e
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from analysis.rec.scoring import SIZE, TRUTH, check_boxes
@@ -85,18 +88,34 @@ FORMS = {  # the first whose keys a record has
 _EXPECTED = "valid forms are " + "; ".join(f"{name} with {', '.join(form.keys)}" for name, form in FORMS.items())
 
 
+_ONLY = "but only plain lists, dicts, strings and numbers are allowed"
+
+
 class _Plain(pickle._Unpickler):  # the one written in Python: the one in C allocates whatever a broken file asks for
-    """Builds lists, dicts, strings and numbers; a pickle that names anything else is refused before that can run."""
+    """Builds lists, dicts, strings and numbers; a pickle that names anything else is refused before that can run.
+
+    Tuples and frozen sets become lists: a key made of tuples in tuples takes for ever to hash.
+    """
+
+    dispatch = pickle._Unpickler.dispatch | {
+        pickle.EMPTY_TUPLE[0]: lambda self: self.append([]),
+        **dict.fromkeys((pickle.TUPLE[0], pickle.FROZENSET[0]), lambda self: self.append(self.pop_mark())),
+        **{code[0]: lambda self, n=n: self.stack.__setitem__(slice(-n, None), [self.stack[-n:]])
+           for n, code in enumerate((pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3), 1)},
+    }
 
     def find_class(self, module: str, name: str) -> Any:
-        raise ValueError(f"it asks for {module}.{name}, but only plain lists, dicts, strings and numbers are allowed")
+        raise ValueError(f"it asks for {module}.{name}, {_ONLY}")
+
+    def get_extension(self, code: int) -> Any:  # would take what another pickle has found, past find_class
+        raise ValueError(f"it asks for the extension {code}, {_ONLY}")
 
 
 def _unpickled(file: Path) -> list[tuple[str, Any]]:
     try:
         records = list(_Plain(BytesIO(file.read_bytes()), encoding="latin1").load())  # written by Python 2
     except Exception as error:  # noise makes an unpickler raise anything
-        raise ValueError(f"{file} is refused, or is no whole pickle of a list: {error}") from error
+        raise ValueError(f"{file} is refused, or is no whole pickle of a list: {error!s:.300}") from error
     return [(f"{file}, entry {i}", record) for i, record in enumerate(records, 1)]
 
 
@@ -105,7 +124,7 @@ def _parquet(file: Path) -> list[tuple[str, Any]]:
     try:
         stored = pq.ParquetFile(file)
         records = stored.read([c for c in stored.schema_arrow.names if c != "image"]).to_pylist()
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise ValueError(f"{file} is no whole Parquet file: {error}") from error
     return [(f"{file}, row {i}", record) for i, record in enumerate(records, 1)]
 
@@ -145,11 +164,11 @@ def _records(file: Path) -> list[tuple[str, Any]]:
 
 def _instances(file: Path) -> dict[str, dict]:
     """COCO's images (file_name, width, height) and annotations (box) by their IDs."""
-    content = _parsed(file.read_text(encoding="utf-8"), str(file))
     try:
+        content = _parsed(file.read_text(encoding="utf-8"), str(file))
         return {"images": {i["id"]: {key: i[key] for key in ("file_name", *SIZE)} for i in content["images"]},
                 "annotations": {a["id"]: {"box": a["bbox"]} for a in content["annotations"]}}
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} is no COCO instances file with images and annotations: {error!r}") from error
 
 
@@ -157,6 +176,10 @@ def coco_name(path: str) -> str:
     """An image's file name from a path or from a name with an object's number: COCO_train2014_<12 digits>.jpg."""
     name = re.split(r"[/\\]", path)[-1]
     return f"{found[1]}.jpg" if (found := _COCO.fullmatch(name)) else name
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)  # halves of pairs, which no file can hold
 
 
 def _is_number(value: Any) -> bool:
@@ -172,19 +195,21 @@ def _is_side(value: Any) -> bool:
 
 
 _VALID = {
-    "file_name": ("the name of an image", lambda x: isinstance(x, str) and re.fullmatch(r".+\.\w+", coco_name(x))),
-    "expression": ("an expression", lambda x: isinstance(x, str) and x.strip()),
+    "file_name": ("the name of an image", lambda x: _is_text(x) and re.fullmatch(r".+\.\w+", coco_name(x))),
+    "expression": ("an expression", lambda x: _is_text(x) and x.strip()),
     "box": ("four finite numbers", _is_box),
     "true_box": ("four finite numbers or nothing", lambda x: x is None or _is_box(x)),
     "width": ("whole pixels", _is_side),
     "height": ("whole pixels", _is_side),
+    "ref_id": ("a number or a text", lambda x: _is_text(x) or isinstance(x, int) and abs(x) < 2**63),
+    "split": ("a text", _is_text),
 }
 
 
 def _checked(row: dict) -> dict:
     for key, (what, valid) in _VALID.items():
         if key in row and not valid(row[key]):
-            raise ValueError(f"its {key} must be {what}, not {row[key]!r:.60}")
+            raise ValueError(f"its {key} must be {what}, not {short(row[key]):.60}")
     return row
 
 
@@ -216,10 +241,28 @@ def _rows(records: list[tuple[str, Any]], name: str, instances: dict) -> pd.Data
 def folder_images(names: Sequence[str], folder: str | Path) -> Callable[[str], Image.Image]:
     """image(image_id) of the named files in a folder. FileNotFoundError, naming the first, if any is missing."""
     paths = {Path(name).stem: Path(folder) / name for name in names}
-    if missing := [path for path in paths.values() if not path.is_file()]:
+    if missing := [path for path in paths.values() if not os.path.isfile(path)]:
         raise FileNotFoundError(f"{len(missing)} of {len(paths)} images are missing, first {missing[0]}; the folder is "
                                 f"to hold COCO train2014: {FETCH}")
     return lambda image_id: Image.open(paths[image_id])
+
+
+@contextmanager
+def _readable(name: str) -> Iterator[None]:
+    """Whatever PIL raises for a broken image, and warns of a huge one, as a ValueError that names it."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            yield
+    except Exception as error:  # PIL's decoders raise anything
+        what = "it is no image" if isinstance(error, UnidentifiedImageError) else f"{type(error).__name__}: {error}"
+        raise ValueError(f"the image {name} cannot be read: {what}") from error
+
+
+def rgb(image: Callable[[str], Image.Image], image_id: str) -> Image.Image:
+    """image(image_id), decoded. ValueError, naming it, where it is broken."""
+    with _readable(image_id), image(image_id) as opened:
+        return opened.convert("RGB")
 
 
 def holds_images(files: Sequence[Path]) -> bool:
@@ -260,11 +303,8 @@ def _sizes(names: pd.Series, files: Sequence[Path], instances: dict, images: Pat
     elif images or holds_images(files):
         image, known = folder_images(names, images) if images else stored_images(files), {}
         for name in tqdm(distinct, "sizes", unit="image", leave=False):
-            try:
-                with image(Path(name).stem) as opened:
-                    known[name] = opened.size
-            except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-                raise ValueError(f"{name} cannot be opened: {error}") from error
+            with _readable(name), image(Path(name).stem) as opened:
+                known[name] = opened.size
     else:
         raise ValueError(f"{files[0]} does not say how large its images are: give instances=<instances.json> or "
                          "images=<folder of COCO train2014>")
@@ -278,7 +318,7 @@ def _xyxy(boxes: np.ndarray) -> np.ndarray:
     return np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
 
 
-def _ordered(boxes: np.ndarray, rows: pd.DataFrame) -> np.ndarray:
+def _ordered(boxes: np.ndarray, rows: pd.DataFrame, file: Path) -> np.ndarray:
     """Corners [n, 4] of boxes in either order: the one that gives COCO's own box, or else the one that fits the images.
 
     Raises ValueError where that leaves both or none.
@@ -293,7 +333,7 @@ def _ordered(boxes: np.ndarray, rows: pd.DataFrame) -> np.ndarray:
                 if (box[:, :2] < box[:, 2:]).all() and (box[:, 2:] <= limit).all()]
     if len(fits) != 1:
         fit = "fit both as xyxy and as xywh" if fits else "fit neither as xyxy nor as xywh"
-        raise ValueError(f"the boxes {fit}; COCO's own bbox in every raw_anns would settle their order")
+        raise ValueError(f"the boxes in {file} {fit}; COCO's own bbox in every raw_anns would settle their order")
     return readings[fits[0]]
 
 
@@ -353,7 +393,7 @@ def read(
         rows[SIZE] = _sizes(rows["file_name"], files, coco, images and Path(images))
     boxes = np.array(rows["box"].tolist(), dtype=float)
     order = FORMS[name].order
-    boxes = _ordered(boxes, rows) if order is None else _xyxy(boxes) if order == "xywh" else boxes
+    boxes = _ordered(boxes, rows, files[0]) if order is None else _xyxy(boxes) if order == "xywh" else boxes
     rows[TRUTH] = boxes.round(3)  # they have two decimals; this undoes single precision and the sums x + width
     return _clipped(_with_refs(rows)[COLUMNS].astype(dict.fromkeys(SIZE, int)))
 

@@ -28,21 +28,29 @@ def _require(table: pd.DataFrame, columns: Sequence[str]) -> None:
 
 def _by_name(names: pd.Series) -> Iterator[tuple[str, np.ndarray]]:
     """Each distinct name with the mask [n] of its rows."""
-    for name in names.unique():
-        yield name, (names == name).to_numpy()
+    names = np.array([str(name) for name in names], dtype=object)  # pandas cannot hold every text
+    for name in dict.fromkeys(names):
+        yield name, names == name
+
+
+def _numbers(rows: pd.DataFrame, columns: Sequence[str]) -> np.ndarray:
+    try:
+        return rows[columns].to_numpy(np.float64)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"the columns {', '.join(columns)} must hold numbers: {error}") from error
 
 
 def check_boxes(rows: pd.DataFrame) -> None:
     """Raises ValueError unless every ground-truth box has x1 < x2 and y1 < y2 and lies inside its image (1e-6 px)."""
     _require(rows, ["ref_id", *SIZE, *TRUTH])
-    box, size = rows[TRUTH].to_numpy(np.float64), rows[SIZE].to_numpy(np.float64)
+    box, size = _numbers(rows, TRUTH), _numbers(rows, SIZE)
     low, high = box[:, :2], box[:, 2:]
     bad = ~((low < high) & (low >= -1e-6) & (high <= size + 1e-6)).all(axis=1)
     if bad.any():
         first = rows[bad].iloc[0]
         raise ValueError(
             f"{bad.sum()} of {len(rows)} ground-truth boxes are empty or outside their image; first: ref_id "
-            f"{first['ref_id']}, box {list(map(float, first[TRUTH]))} in an image of {first['width']} x "
+            f"{first['ref_id']}, box {box[bad][0].tolist()} in an image of {first['width']} x "
             f"{first['height']}; expected 0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height in pixels"
         )
 
@@ -80,9 +88,11 @@ def score(rows: pd.DataFrame, frame: str | None = None, convention: str | None =
     check_boxes(rows)
     if convention is not None:
         pick(CONVENTIONS, convention, "IoU convention")
-    if (unanswered := rows["raw"].isna()).any():
-        first = rows["ref_id"][unanswered].iloc[0]
-        raise ValueError(f"{unanswered.sum()} rows have no raw answer, first: ref_id {first}; an empty answer is ''")
+    unanswered = np.array([not isinstance(raw, str) for raw in rows["raw"]], dtype=bool)
+    if unanswered.any():
+        first = rows[unanswered].iloc[0]
+        raise ValueError(f"{unanswered.sum()} rows have no raw answer, first: ref_id {first['ref_id']}; an "
+                         f"empty answer is '', not {first['raw']!r:.60}")
     sizes, truth = rows[SIZE].to_numpy(np.float64), rows[TRUTH].to_numpy(np.float64)
     fractions, pixels = _parse(rows), np.full((len(rows), 4), np.nan)
     frames = rows["frame"] if frame is None else pd.Series(frame, index=rows.index)

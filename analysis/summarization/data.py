@@ -213,6 +213,8 @@ def _jsonl(file: Path) -> Iterator[tuple[str, Document]]:
             place = f"{file}, line {number}"
             try:
                 record = json.loads(line.decode())
+                if b"\\u" in line:
+                    json.dumps(record, ensure_ascii=False).encode()  # raises for half a pair, which no file can hold
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"{place}: broken JSON: {error}") from error
             try:

@@ -23,7 +23,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from .. import models
 from ..decode import greedy
-from ..models.base import Model
+from ..models.base import ATTENTION, Model
 from ..models.clip import load as load_clip
 from ..models.minigpt_v2 import MiniGPTv2Config
 from ..models.shikra import ShikraConfig
@@ -111,7 +111,7 @@ def build(name: str, clip: CLIPModel, folder, device="cpu") -> tuple[nn.Module, 
         tower.load_state_dict(clip.vision_model.state_dict())
     folder.mkdir(parents=True, exist_ok=True)
     write_rest(folder, config, tokenizer)
-    whole.set_attn_implementation({"vision_config": "eager", "text_config": "sdpa"})
+    whole.set_attn_implementation(ATTENTION)
     model = family.assemble(whole, source=str(folder), name=name, revision="", device=str(device))
     for part in (whole.model.language_model, whole.model.multi_modal_projector, whole.lm_head):
         part.requires_grad_(True)
@@ -336,7 +336,7 @@ def train(name: str, args) -> None:
 
     def export(whole, state):
         folder = loop.CHECKPOINTS / name
-        decoder.set_attn_implementation("sdpa")
+        decoder.set_attn_implementation(ATTENTION["text_config"])
         whole.save_pretrained(folder)
         write_rest(folder, whole.config, model.tokenizer)
         loop.ship_log(name, folder)
