@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help paper test slurm-test setup clean
+.PHONY: help paper test bench slurm-test setup clean
 
 help:  ## these lines
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/'
@@ -31,6 +31,9 @@ paper: .venv/ready .snakemake/begun  ## regenerate every figure and table (what 
 
 test: .venv/ready  ## run the tests
 	$(BIN)/python -m pytest -q
+
+bench: .venv/ready  ## measure the engine: benchmarks/results.csv
+	$(BIN)/python benchmarks/run.py
 
 slurm-test: .venv/ready  ## prove profiles/slurm on the cluster's Slurm, or as root on one of this machine alone (Debian)
 	$(BIN)/python -m pip install --quiet --editable '.[slurm]'

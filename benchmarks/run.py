@@ -125,9 +125,9 @@ def bench(model: models.Model, images: int, turns: int, batch: int) -> pd.DataFr
 
     steps = [max(2, images // 4), max(3, images // 2), max(4, images)]
     add("slope_images", f"of log time against log images, {steps}", value=slope(steps, [evaluated(n, grid[:3]) for n in steps]))
-    counts = [2, 5, 13]
-    add("slope_cells", f"of log time against log cells, {counts}",
-        value=slope(counts, [evaluated(steps[0], grid[:n]) for n in counts]))
+    counts = [1, 4, 16]
+    add("slope_cells", f"of log time against log cells, {counts} of the same kind",
+        value=slope(counts, [evaluated(steps[1], cells("spatial", 0.25, ids="original", seeds=[*range(n)])) for n in counts]))
     by_keep = measure(model, data, cells("random", [0.1, 0.25, 0.5, 1.0], ids="original"), min(images, 16), 5, progress=False)
     text = sum(map(len, model.prompt(data.rows["expression"][0])))
     fastest = by_keep.groupby("keep")[["tokens", "prefill_s"]].min() + [text, 0]
@@ -144,8 +144,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tiny-llava")
     parser.add_argument("--images", type=int, default=50)
-    parser.add_argument("--turns", type=int, default=30, help="of the prefills")
-    parser.add_argument("--batch", type=int, default=100, help="expressions answered together by the engine")
+    parser.add_argument("--turns", type=int, default=100, help="of the prefills")
+    parser.add_argument("--batch", type=int, default=200, help="expressions answered together by the engine")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results.csv")
     args = parser.parse_args()
     found = bench(models.load(args.model), args.images, args.turns, args.batch)

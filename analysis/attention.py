@@ -1,0 +1,343 @@
+"""Do the selector and the reader agree? The second paper's questions, asked of visual token pruning.
+
+arXiv:1805.06266 selects sentences with weights beta and writes with word attention alpha. Read here: a sentence is a
+visual token, beta the pruner's score, alpha the decoder's attention over visual tokens in the unpruned run, their hard
+two-stage model prune-then-decode, their modulation softmax(e + log beta) a bias on attention logits, and their
+inconsistency rate R_inc the share of decoding steps that look at what the pruner would drop.
+
+alpha, stated once: teacher-forced over the model's own greedy answer; the query of step t is the token before answer
+token t; mean over all layers and heads; visual tokens only, without sinks (`sinks`).
+
+Only models whose tokens are one grid are read this way: with newlines or tiles (LLaVA-NeXT) no score ranks all tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import product
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from scipy.stats import rankdata
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
+from torch.nn.utils.rnn import pad_sequence
+from tqdm.auto import tqdm
+
+from analysis import cascade
+from analysis.decode import Context, begin, greedy, hidden_states, usual
+from analysis.evaluate import EXPRESSION, RecDataset, image_seed
+from analysis.models import Model
+from analysis.positions import layout
+from analysis.pruning import prumerge, select
+from analysis.pruning import pruner as find_pruner
+from analysis.pruning._select import text
+from analysis.registry import pick
+from analysis.summarization.losses import inconsistency_rate
+from analysis.types import Cell, Selection, VisualTokens
+
+# Chosen on 60 training scenes: 3 takes out 0.03, 2.3 and 0.03 of 144 tokens an image (tiny-llava, -wide, tiny-shikra)
+SINK = 3.0
+
+Prompt = tuple[Tensor, Tensor]  # token IDs before and after the image, as `Model.prompt` gives them
+
+
+# The scores of the methods that rank tokens, [B, N], higher is kept first. A test holds them against the methods.
+SCORES: dict[str, Callable[[VisualTokens, Sequence[int]], Tensor]] = {
+    "random": lambda visual, seeds: _random(visual.features, seeds),
+    "cls_similarity": lambda visual, seeds: cosine_similarity(
+        visual.signals.patches.float(), visual.signals.cls.float()[:, None], dim=-1),
+    "text_similarity": lambda visual, seeds: cosine_similarity(
+        visual.signals.clip_patches.float(), text(visual.signals, "expression")[:, None], dim=-1),
+    "trim": lambda visual, seeds: (-_product(visual)).softmax(dim=1),
+    "trim:lowest=false": lambda visual, seeds: _product(visual).softmax(dim=1),
+    "prumerge": lambda visual, seeds: prumerge._attention(visual),
+    "fastervlm": lambda visual, seeds: visual.signals.cls_attention.float(),
+    "visionzip": lambda visual, seeds: visual.signals.cls_attention.float(),
+}
+
+
+def _random(features: Tensor, seeds: Sequence[int]) -> Tensor:
+    n = features.shape[1]
+    drawn = [torch.randperm(n, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return (1 - torch.stack(drawn).argsort(dim=1) / n).to(features.device)
+
+
+def _product(visual: VisualTokens) -> Tensor:
+    return (visual.signals.clip_patches.float() @ text(visual.signals, "prompt")[..., None])[..., 0]
+
+
+def one_grid(visual: VisualTokens) -> VisualTokens:
+    """The tokens themselves. Raises ValueError where newlines or tiles stand among them."""
+    if visual.tiles is not None or visual.newline is not None:
+        raise ValueError("attention is compared with a pruner's score on models whose visual tokens are one grid; this "
+                         "one has tiles: take tiny-llava, tiny-llava-wide, tiny-shikra or a real LLaVA-1.5")
+    return visual
+
+
+def survivors(selections: Sequence[Selection], n: int) -> Tensor:
+    """[B, n] bool: the tokens that stay as themselves. What is merged into another token counts as dropped."""
+    stay = torch.zeros(len(selections), n, dtype=torch.bool)
+    for row, selection in zip(stay, selections):
+        row[selection.origin[~selection.synthetic].cpu()] = True
+    return stay
+
+
+def soft_weights(scores: Tensor, keep: float) -> Tensor:
+    """beta [B, N] in (0, 1] for soft selection, by rank: the r-th best of N scores gets (1 - r / N)^(1/keep - 1).
+
+    scores: [B, N]; r counts from 0, ties go to the lower index. The exponent makes the mean of beta equal to keep, or
+    at most 1 / N more: the budget that hard selection spends. keep = 1 gives 1 everywhere.
+    Raises ValueError unless 0 < keep <= 1.
+    """
+    if not 0 < keep <= 1:
+        raise ValueError(f"keep ratio must be in (0, 1], got {keep}; give a share such as 0.25")
+    rank = scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    return (1 - rank.double() / scores.shape[1]) ** (1 / keep - 1)  # float64: small ratios of many tokens underflow
+
+
+class _Biased:
+    """A decoder, as `decode` calls it, that adds a bias [M, N] to the attention logits of the last N keys."""
+
+    def __init__(self, decoder: nn.Module, bias: Tensor):
+        self.decoder, self.bias = decoder, bias[:, None, None]
+
+    def __call__(self, *, attention_mask: Tensor, **inputs: Any) -> Any:
+        mask = attention_mask.clone()
+        mask[..., -self.bias.shape[-1] :] += self.bias.to(mask.dtype)
+        return self.decoder(attention_mask=mask, **inputs)
+
+
+class Batch(NamedTuple):
+    """B expressions on I images. features: [I, N, D], raster order; image: [B], which one; prompts: of each."""
+
+    features: Tensor
+    image: Sequence[int]
+    prompts: Sequence[Prompt]
+
+    def positions(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Original IDs of what comes up to the image's end, and of what follows, for each expression."""
+        n = self.features.shape[1]
+        place = torch.arange(n, device=self.features.device)
+        whole = [layout(len(before), place, n, len(after)) for before, after in self.prompts]
+        ends = [len(before) + n for before, _ in self.prompts]
+        return [ids[:end] for ids, end in zip(whole, ends)], [ids[end:] for ids, end in zip(whole, ends)]
+
+    def begun(self, model: Model, bias: Tensor | None = None) -> Context:
+        """All that comes up to the image's end, run once for the expressions that share it.
+
+        bias: [B, N], of the logits of the image's keys, for the image's own queries and for all that come later.
+        """
+        first, owner = {}, []
+        for row, (image, (before, _)) in enumerate(zip(self.image, self.prompts)):
+            key = image, tuple(before.tolist()), None if bias is None else bias[row].cpu().numpy().tobytes()
+            owner.append(first.setdefault(key, (len(first), row))[0])
+        rows = [row for _, row in first.values()]
+        embeds = [torch.cat([model.embed(self.prompts[row][0]), self.features[self.image[row]]]) for row in rows]
+        ids = [self.positions()[0][row] for row in rows]
+        if bias is None:
+            return begin(model.decoder, embeds, ids, owner)
+        (level,) = begin(_Biased(model.decoder, bias[rows]), embeds, ids, owner)
+        mask = level.mask.clone()  # `begin` pads on the left: the image is at the end
+        mask[..., -bias.shape[1] :] += bias[rows][:, None, None].to(mask.dtype)
+        return (level._replace(mask=mask),)
+
+
+@torch.inference_mode()
+def answers(
+    model: Model, batch: Batch, beta: Tensor | None = None, draft: Sequence[int] = ()
+) -> list[list[int] | None]:
+    """Greedy answers (token IDs, as `decode.greedy`) with all visual tokens and their IDs, weighted by beta [B, N].
+
+    At every layer and head every query sees visual key j with log beta_j added to its logit: beta = 0 on what a method
+    drops is hard pruning with original IDs in raster order, beta = 1 no pruning.
+    Raises ValueError unless beta has a row for each expression and lies in [0, 1].
+    """
+    bias = None
+    if beta is not None:
+        shape = (len(batch.prompts), batch.features.shape[1])
+        if beta.shape != shape or not ((beta >= 0) & (beta <= 1)).all():
+            raise ValueError(f"beta must be {list(shape)} in [0, 1], a row for each expression; got {list(beta.shape)} "
+                             f"in [{beta.min():.3g}, {beta.max():.3g}]")
+        bias = beta.to(batch.features.device).log()
+    embeds = [model.embed(after) for _, after in batch.prompts]
+    return greedy(model.decoder, model.head, embeds, batch.positions()[1], embed=model.embed,
+                  max_new_tokens=model.max_new_tokens, eos=model.eos, context=batch.begun(model, bias), draft=draft)
+
+
+@contextmanager
+def captured(decoder: nn.Module) -> Iterator[list[Tensor]]:
+    """Within, the decoder's calls append each layer's attention, mean over heads, [B, Q, L] to the list it gives.
+
+    The fused kernels, which keep their attention to themselves, are not used meanwhile.
+    """
+    seen, usual = [], cascade.LONG
+    hooks = [layer.self_attn.register_forward_hook(lambda module, args, out: seen.append(out[1].float().mean(dim=1)))
+             for layer in decoder.layers]
+    cascade.LONG = math.inf
+    try:
+        yield seen
+    finally:
+        cascade.LONG = usual
+        for hook in hooks:
+            hook.remove()
+
+
+class Look(NamedTuple):
+    """What one expression's unpruned run looked at. alpha: [S + T, N], attention to the visual tokens of each query
+    after the image (S tokens of the question, T of the answer), mean over layers and heads; answer: T token IDs."""
+
+    alpha: Tensor
+    answer: list[int]
+
+    @property
+    def steps(self) -> Tensor:
+        """[T, N]: the queries that chose the answer's tokens."""
+        return self.alpha[len(self.alpha) - len(self.answer) - 1 : -1]
+
+
+@torch.inference_mode()
+def look(model: Model, batch: Batch) -> list[Look]:
+    """The unpruned run's attention for each expression, teacher-forced over its own greedy answer.
+
+    An answer that is no text (NaN logits) counts as empty.
+    """
+    n, found = batch.features.shape[1], [answer or [] for answer in answers(model, batch)]
+    said = [torch.tensor(answer, dtype=torch.int64, device=batch.features.device) for answer in found]
+    context, (_, after) = batch.begun(model), batch.positions()
+    ids = [torch.cat([i, i[-1] + 1 + torch.arange(len(s), device=i.device)]) for i, s in zip(after, said)]
+    embeds = [model.embed(torch.cat([suffix, s])) for (_, suffix), s in zip(batch.prompts, said)]
+    end = context[0].mask.shape[-1]  # of the image: `begin` pads on the left
+    with captured(model.decoder) as seen:
+        hidden_states(model.decoder, embeds, ids, "right", context)
+    alpha = torch.stack(seen).mean(dim=0)[..., end - n : end].cpu()
+    return [Look(a[: len(i)], answer) for a, i, answer in zip(alpha, ids, found)]
+
+
+def sinks(looks: Sequence[Look], times: float | None = SINK) -> Tensor:
+    """[N] bool: the tokens of one image that more than half of all queries (of every expression on it, in question and
+    answer) give more than `times` their mean attention to a visual token. None: no sinks.
+    """
+    alpha = torch.cat([one.alpha for one in looks])
+    if times is None:
+        return torch.zeros(alpha.shape[1], dtype=torch.bool)
+    return (alpha > times * alpha.mean(dim=1, keepdim=True)).float().mean(dim=0) > 0.5
+
+
+def agreement(looks: Sequence[Look], beta: Tensor, stay: Tensor, sink: Tensor) -> dict[str, list[float]]:
+    """How B looks go with a selector; each value a list over the expressions.
+
+    beta: [B, N] scores; stay: [B, N] bool; sink: [B, N] bool, left out of everything.
+    score_rate, score_chance: R_inc as published, a step counts whose most attended token has beta below the mean,
+    chance is the share of such tokens; rate, chance: the same of beta = 1 for what stays, 0 for what is dropped, so the
+    share of steps whose most attended token is dropped; mass: share of the attention that stays, mean over steps. NaN
+    for an empty answer, score_* also where beta is NaN.
+    """
+    alpha = pad_sequence([one.steps for one in looks], batch_first=True).masked_fill(sink[:, None], 0)
+    written = torch.arange(alpha.shape[1]) < torch.tensor([len(one.answer) for one in looks])[:, None]
+    place = torch.arange(alpha.shape[2]).expand(len(looks), -1).masked_fill(sink, -1)
+    found = {}
+    for name, weights in (("score_", beta.double()), ("", stay.double())):
+        mean = torch.where(sink, 0, weights).sum(1, keepdim=True) / (~sink).sum(1, keepdim=True)
+        measured = inconsistency_rate(alpha, torch.where(sink, mean, weights), place, written=written)
+        known = ~weights.isnan().any(dim=1)
+        for part in ("rate", "chance"):
+            found[name + part] = torch.where(known, getattr(measured, part), torch.nan).tolist()
+    share = (alpha * stay[:, None]).sum(2) / alpha.sum(2)
+    found["mass"] = (torch.where(written, share, 0).sum(1) / written.sum(1)).tolist()
+    return found
+
+
+def measure(
+    model: Model, dataset: RecDataset, pruners: Sequence[str], keeps: Sequence[float], soft: Sequence[str] = (), *,
+    sink: float | None = SINK, seed: int = 0, chunk: int = 10, progress: bool = True,
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Attention against selection, and answers under soft selection: two frames, a row for each expression and cell.
+
+    The first holds the columns of `agreement`, steps (T) and tokens (that stay as themselves) for each pruner and keep
+    ratio. The second the columns of `evaluate`'s rows for each of the pruners `soft`, with order "raster", IDs
+    "original" and all tokens. sink: as for `sinks`; chunk: images worked on together.
+    Raises ValueError for a pruner in `soft` without a score, for a model with tiles, and what the pruners raise.
+    """
+    score = {name: pick(SCORES, name, "score") for name in soft} | {p: SCORES[p] for p in pruners if p in SCORES}
+    prune = {name: find_pruner(name) for name in pruners}
+    looked, answered, image_ids = [], [], dataset.rows["image_id"].unique()
+    for start in tqdm(range(0, len(image_ids), chunk), unit=" chunks", disable=not progress):
+        part = list(image_ids[start : start + chunk])
+        rows = dataset.rows[dataset.rows["image_id"].isin(part)].reset_index(drop=True)
+        visual = one_grid(model.encode([dataset.image(image_id) for image_id in part]))
+        n, index = visual.length, torch.tensor([part.index(image_id) for image_id in rows["image_id"]])
+        pairs = visual.take(index.to(visual.features.device), **model.texts(list(rows["expression"])))
+        seeds = [image_seed(seed, image_id) for image_id in rows["image_id"]]
+        batch = Batch(visual.features, index.tolist(), [model.prompt(expression) for expression in rows["expression"]])
+        looks, scores = look(model, batch), {name: compute(pairs, seeds).cpu() for name, compute in score.items()}
+        whose = pd.DataFrame(dict(model=model.name, revision=model.revision, dataset=dataset.name, split=dataset.split),
+                             index=rows.index).join(rows[EXPRESSION])
+        unknown = torch.full((len(rows), n), torch.nan)
+        of_image = [[one for one, i in zip(looks, batch.image) if i == image] for image in range(len(part))]
+        sunk = torch.stack([sinks(some, sink) for some in of_image])[index]
+        for name, keep in product(pruners, keeps):
+            stay = survivors(select(prune[name], pairs, keep, seeds), n)
+            looked.append(whose.assign(pruner=name, keep=keep, seed=seed, tokens=stay.sum(1).tolist(),
+                                       steps=[len(one.answer) for one in looks],
+                                       **agreement(looks, scores.get(name, unknown), stay, sunk)))
+        draft = usual([one.answer for one in looks])
+        for name, keep in product(soft, keeps):
+            said = answers(model, batch, soft_weights(scores[name], keep), draft)
+            answered.append(whose.assign(
+                raw=["" if answer is None else model.text(answer) for answer in said], dialect=model.dialect,
+                frame=model.frame, **Cell(name, keep, "raster", "original", seed).columns(), tokens=float(n),
+                tokens_full=float(n),
+                error=["the model's logits are not numbers (NaN)" if answer is None else "" for answer in said]))
+    return tuple(pd.concat(tables, ignore_index=True) if tables else pd.DataFrame() for tables in (looked, answered))
+
+
+class Ratio(NamedTuple):
+    """A measure of P points on I images, each [P, I]: a point's value is sum(above) / sum(below) over the images."""
+
+    above: NDArray
+    below: NDArray
+
+
+def _spearman(x: NDArray, y: NDArray, groups: NDArray) -> NDArray:
+    """Rank correlation [R] of x and y [R, P] within each group of points [P], mean over groups; NaN without spread."""
+    found = []
+    for group in np.unique(groups):
+        a, b = (rankdata(values[:, groups == group], axis=1) for values in (x, y))
+        a, b = a - a.mean(1, keepdims=True), b - b.mean(1, keepdims=True)
+        with np.errstate(invalid="ignore"):
+            found.append((a * b).sum(1) / np.sqrt((a**2).sum(1) * (b**2).sum(1)))
+    return np.mean(found, axis=0)
+
+
+def rank_correlations(
+    measures: Mapping[str, Ratio], outcome: Ratio, groups: Sequence[Any], reference: str, level: float = 0.95,
+    resamples: int = 2000, seed: int = 0,
+) -> list[dict[str, Any]]:
+    """Spearman's rho of each measure with the outcome over P points: a dict for each measure.
+
+    groups: [P]; rho is taken within each and averaged (one group for all: plain). low, high: percentile bootstrap that
+    resamples images and computes every point anew; difference, difference_low, difference_high: rho minus that of the
+    measure `reference`, on the same resamples. A resample without spread has no rho and is left out.
+    Raises ValueError for an unknown reference.
+    """
+    pick(measures, reference, "measure")
+    images, groups = outcome.above.shape[1], np.asarray(groups)
+    rng = np.random.default_rng(seed)
+    drawn = rng.multinomial(images, np.full(images, 1 / images), size=resamples)
+    weights = np.vstack([np.ones(images), drawn])  # the first row: the data as they are
+    y = (weights @ outcome.above.T) / (weights @ outcome.below.T)
+    rho = {name: _spearman((weights @ x.above.T) / (weights @ x.below.T), y, groups) for name, x in measures.items()}
+    tails = [(1 - level) / 2, (1 + level) / 2]
+    rows = []
+    for name, values in rho.items():
+        less = values - rho[reference]
+        low, high, less_low, less_high = (float(q) for v in (values, less) for q in np.nanquantile(v[1:], tails))
+        rows.append({"measure": name, "rho": float(values[0]), "low": low, "high": high, "difference": float(less[0]),
+                     "difference_low": less_low, "difference_high": less_high, "points": len(groups), "images": images})
+    return rows
