@@ -1,4 +1,4 @@
-"""The command line: python -m analysis run | resume | status | doctor
+"""The command line: python -m analysis run | resume | status | doctor | summarize
 
 `run` executes a producer notebook with papermill, as `make paper` does; the executed notebook beside the rows is the log.
 Exit codes: 0 all is well, 1 something failed or is not as it should be, 2 wrong usage.
@@ -22,7 +22,7 @@ from packaging.requirements import Requirement
 from analysis import ROOT, results
 
 RUNS = ROOT / "papermill_runs"
-PRODUCERS = ("10_rec_eval", "11_cost", "12_real_checkpoints")
+PRODUCERS = ("10_rec_eval", "11_cost", "12_real_checkpoints", "20_train_summarizer", "21_decode_summaries")
 
 
 def _execute(notebook: str, log: Path, parameters: dict) -> int:
@@ -139,6 +139,31 @@ def doctor(args: argparse.Namespace) -> int:
     return int(wrong > 0)
 
 
+def summarize(args: argparse.Namespace) -> int:
+    """Summarize a text file with an embedded summarizer, which knows only the words of the generated news."""
+    from analysis.summarization import systems
+
+    try:
+        document = systems.article(args.article)
+        system = systems.load(args.system, args.seed)
+    except (OSError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    [found] = systems.summarize(system, [document])
+    words, known = [word for said in document.article for word in said], system.vocabulary
+    for said in found.sentences:
+        print(" ".join(said))
+    print("\nextracted sentences:")
+    for number in found.extracted:
+        print(f"  {number + 1} (beta {found.beta[number]:.2f}): {' '.join(document.article[number])}")
+    print(f"\nR_inc {found.r_inc:.2f} (attention at random: {found.chance:.2f})")
+    print(f"note: the embedded model knows the {len(known):,} commonest words of the generated news; "
+          f"{sum(word not in known.ids for word in words)} of this article's {len(words)} are others, which it can only "
+          f"copy. It reads the first {system.limits['max_words']} words and {system.limits['max_sentences']} sentences.",
+          file=sys.stderr)
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m analysis", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -156,6 +181,11 @@ def main(argv: list[str] | None = None) -> int:
                       help="a parameter of the notebook, as in papermill; VALUE is read as YAML: -p keep '[0.25, 0.5]'")
     for name, function in (("resume", resume), ("status", status), ("doctor", doctor)):
         command(name, function)
+    texts = command("summarize", summarize)
+    texts.add_argument("article", type=Path, help="a text file")
+    texts.add_argument("--system", default="end-to-end-5-inc",
+                       help="pointer-generator, two-stage, end-to-end-5 (without L_inc), ...; default: %(default)s")
+    texts.add_argument("--seed", type=int, default=0, help="of its training: 0, 1 or 2; default: %(default)s")
     args = parser.parse_args(argv)
     return args.function(args)
 

@@ -10,8 +10,20 @@ from analysis.registry import matching
 
 _COLUMNS = ["paper", "table", "model", "dataset", "split", "pruner", "ids", "metric", "value", "source"]
 _GAP = "arXiv:2506.21873"
+_UNIFIED = "arXiv:1805.06266"
+_README = f"{_UNIFIED}, the authors' README"
+_NLP = "arXiv:1704.04368, by NLP-progress"
+UNCHECKED = "quoted from memory, not checked against the paper"  # what tables mark with a dagger
 
-# Names are the paper's own. None: not stated. Accuracy in percent. Unpruned, compact and original IDs are the same.
+
+def _summaries(model: str, metric: str, source: str, *values: float) -> list[tuple]:
+    """R1, R2, RL (or R1 alone) of a summarizer, in per cent."""
+    return [("Unified", None, model, "CNN/Daily Mail", "test", None, None, f"{name} {metric}", value, source)
+            for name, value in zip(("R1", "R2", "RL"), values)]
+
+
+# Names are the paper's own. None: not stated. Accuracy and ROUGE in percent. Unpruned, compact and original IDs are the
+# same. Human scores are left out: they cannot be made anew here.
 PUBLISHED = pd.DataFrame(
     [
         ("GAP", "Fig. 1", "LLaVA", "RefCOCO", "val", "none", "compact", "Acc@0.5", 56.14, f"{_GAP}, abstract"),
@@ -20,6 +32,17 @@ PUBLISHED = pd.DataFrame(
         ("GAP", None, "MiniGPTv2", "RefCOCO", None, "none", "compact", "Acc@0.5", 88.69, _GAP),
         ("GAP", None, "MiniGPTv2", "RefCOCO", None, None, "compact", "Acc@0.5", 2.73, _GAP),
         ("GAP", None, "MiniGPTv2", "RefCOCO", None, None, "original", "Acc@0.5", 68.91, _GAP),
+        *_summaries("lead-3", "F1", _NLP, 40.34, 17.70, 36.57),
+        *_summaries("pointer-generator + coverage", "F1", _NLP, 39.53, 17.28, 36.38),
+        *_summaries("two-stage", "F1", f"{_UNIFIED}, {UNCHECKED}", 39.97, 17.43, 36.34),
+        *_summaries("end to end without L_inc", "F1", f"{_UNIFIED}, {UNCHECKED}", 40.19, 17.67, 36.68),
+        *_summaries("end to end with L_inc", "F1", _README, 40.68, 17.97, 37.13),
+        *_summaries("extractor, pretrained", "recall", _README, 73.5, 35.6, 68.6),
+        *_summaries("end to end without L_inc", "recall", f"{_UNIFIED}, {UNCHECKED}", 72.97),
+        *_summaries("end to end with L_inc", "recall", f"{_UNIFIED}, {UNCHECKED}", 78.40),
+        *_summaries("gold labels", "recall", f"{_UNIFIED}, {UNCHECKED}", 89.23),
+        *(("Unified", None, f"end to end {which} L_inc", "CNN/Daily Mail", "test", None, None, "R_inc", value,
+           f"{_UNIFIED}, {UNCHECKED}") for which, value in (("without", 0.198), ("with", 0.042))),
     ],
     columns=_COLUMNS,
 )

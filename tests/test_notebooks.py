@@ -104,6 +104,13 @@ def test_cost(model, tmp_path):
     draw("tab3_cost", TABLE, {"rows": rows}, tmp_path)
 
 
+def test_attention(model, produced, tmp_path):
+    rows = tmp_path / "rows"
+    run(ROOT / "notebooks/13_attention_rows.ipynb", tmp_path / "made.ipynb", {"model": model, "out": str(rows), "smoke": True})
+    given = {kind: [f"{rows}_{kind}.parquet"] for kind in ("attention", "soft")}
+    draw("fig9_inconsistency_of_pruning", FIGURE, given | {"hard": [produced("fig3")]}, tmp_path)
+
+
 @pytest.mark.parametrize("figure", ["figA_refstamps", "figB_testbed"])
 def test_a_figure_that_needs_no_rows(figure, tmp_path):
     draw(figure, FIGURE, {}, tmp_path)
