@@ -675,7 +675,7 @@ TARGETS: dict[str, Target] = {
         lambda data, folder: annotations(data, folder, "a.parquet", images=photos()), r"a\.parquet|ref_id|\.jpg",
         (ValueError, FileNotFoundError), share=2),
     "RefCOCO Parquet cells": Target("values", lambda: columns("lmms") + columns("jxu124"), cells,
-                                    r"cells\.parquet|ref_id|\.jpg", (ValueError, FileNotFoundError), share=2),
+                                    r"cells\.parquet|ref_id|\.jpg|images are missing", (ValueError, FileNotFoundError), share=2),
     "images in a folder": Target("bytes", pictures, image_file, r"COCO_train2014|pixels|ref_id",
                                  (ValueError, FileNotFoundError), share=4),
     "images in Parquet": Target("bytes", pictures, image_column, r"COCO_train2014|pixels|ref_id", share=0.5),
