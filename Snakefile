@@ -50,7 +50,8 @@ DRAWING = ["analysis/style.py", "analysis/published.py", "analysis/stats.py", "a
 ENGINE = sorted(set(glob("analysis/*.py") + glob("analysis/*/*.py")) - set(DRAWING) - set(glob("analysis/summarization/*.py"))
                 - {f"analysis/testbed/{name}.py" for name in ("train", "loop", "contrast", "instruct", "grow", "probe")}
                 - {f"analysis/{name}.py" for name in ("__main__", "models/__main__", "models/convert")})
-ENGINE.remove("analysis/attention.py")  # moves the rows of 13_attention_rows only
+for alone in ("attention", "cost"):  # move the rows of 13_attention_rows and 11_cost only
+    ENGINE.remove(f"analysis/{alone}.py")
 
 SHARDS = int(config.get("shards", 1))  # jobs that share the work of one file of rows
 # 12_real_checkpoints takes its parameters from --config model=... limit=...; gpu is how many GPUs each of its jobs gets
@@ -159,7 +160,7 @@ if SHARDS > 1:
 rule cost:
     input:
         notebook="notebooks/11_cost.ipynb",
-        engine=ENGINE,
+        engine=[*ENGINE, "analysis/cost.py"],
         weights=weights("tiny-llava"),
     output:
         "papermill_runs/11_cost/tab3.parquet",

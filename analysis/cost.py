@@ -1,19 +1,24 @@
 """What pruning saves and what GAP costs: FLOPs, time, cache and memory of the prefill, cell against cell in one run.
 
 FLOPs are counted by `torch.utils.flop_counter`: two for each multiply-add of a matrix product, attention included,
-element-wise work left out. Times on a shared machine drift, so the cells take turns and are compared within a turn.
+element-wise work left out. Peak memory is counted, too: what the allocator has given out beyond what was there before.
+Times on a shared machine drift, so the cells take turns and are compared within a turn.
 """
 
 from __future__ import annotations
 
 import operator
+import os
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import accumulate
 from statistics import median
 
 import pandas as pd
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 from transformers import Cache, LlamaConfig, LlamaModel
@@ -27,6 +32,7 @@ from analysis.rec.datasets import RecDataset
 from analysis.registry import matching, pick
 from analysis.types import Cell, Selection, VisualTokens
 
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler would write two lines to stderr each time
 TEXT = 73  # tokens of a REC prompt to LLaVA-1.5: 35 before the image, some 38 (taken as typical) after it
 # decoders of published models, for FLOPs that need no weights: visual tokens, blocks, LlamaConfig's sizes
 DECODERS = {
@@ -47,6 +53,19 @@ def clock(model: Model) -> float:
     if model.device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
+
+
+def peak_bytes(model: Model, run: Callable[[], object]) -> int:
+    """Most bytes that one call holds at a time beyond those before it."""
+    if model.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        kept = run()  # noqa: F841, what it returns counts until the end
+    steps = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(accumulate((event.nbytes() for event in sorted(steps, key=lambda e: e.start_ns())), initial=0))
 
 
 def cache_bytes(cache: Cache) -> int:
@@ -86,9 +105,9 @@ def measure(
 ) -> pd.DataFrame:
     """One row per turn and cell, for `batch` images with their first expression.
 
-    Columns: the cell's; turn; tokens (mean visual tokens read); flops, cache_bytes (per prompt); encode_s (tower and
-    connector, the same for all), select_s (selection, order, IDs and embeddings), prefill_s (decoder), all per batch;
-    peak_bytes of the prefill beyond the weights (GPU only, else NaN). The first turn warms up and is left out.
+    Columns: the cell's; turn; tokens (mean visual tokens read); flops, cache_bytes (per prompt), peak_bytes of the prefill
+    beyond the weights (per batch), which are counted once; encode_s (tower and connector, the same for all), select_s
+    (selection, order, IDs and embeddings), prefill_s (decoder), all per batch. The first turn warms up and is left out.
     Raises ValueError for fewer than two images or turns.
     """
     first = dataset.rows.drop_duplicates("image_id").head(batch)
@@ -97,7 +116,7 @@ def measure(
     images = [dataset.image(i) for i in first["image_id"]]
     expressions, seeds = list(first["expression"]), [image_seed(0, i) for i in first["image_id"]]
     prompts = [model.prompt(expression) for expression in expressions]
-    index, cuda = torch.arange(len(first), device=model.device), model.device.type == "cuda"
+    index = torch.arange(len(first), device=model.device)
 
     def encode() -> VisualTokens:
         return model.encode(images).take(index, **model.texts(expressions))
@@ -113,27 +132,22 @@ def measure(
             chosen = select(pruner(cell.pruner), visual, cell.keep, seeds)
             embeds, positions = sequences(model, chosen, visual.length, prompts, cell)
             selected = clock(model)
-            if cuda:
-                torch.cuda.reset_peak_memory_stats()
-                before = torch.cuda.memory_allocated()
             _, cache, _ = prefill(model.decoder, model.head, embeds, positions)
             done = clock(model)
-            peak = torch.cuda.max_memory_allocated() - before if cuda else float("nan")
             if cell not in counted:
-                counted[cell] = flops(lambda: prefill(model.decoder, model.head, embeds, positions)) / len(first)
+                again = partial(prefill, model.decoder, model.head, embeds, positions)
+                counted[cell] = dict(flops=flops(again) / len(first), cache_bytes=cache_bytes(cache) / len(first),
+                                     peak_bytes=peak_bytes(model, again))
             text = sum(len(prefix) + len(suffix) for prefix, suffix in prompts)
             rows.append(cell.columns() | dict(
                 model=model.name, revision=model.revision, device=str(model.device), images=len(first), turn=turn,
                 tokens=(sum(map(len, embeds)) - text) / len(first), tokens_full=visual.length,
-                flops=counted[cell], cache_bytes=cache_bytes(cache) / len(first), encode_s=encode_s,
-                select_s=selected - start, prefill_s=done - selected, peak_bytes=peak))
+                encode_s=encode_s, select_s=selected - start, prefill_s=done - selected, **counted[cell]))
     return pd.DataFrame(rows).query("turn > 0").astype({"keep": float}).reset_index(drop=True)
 
 
 def ratio(rows: pd.DataFrame, cell: Cell, other: Cell, column: str) -> dict[str, float]:
     """column of one cell over that of another, turn by turn: median, low and high quartile, n turns."""
     sides = (matching(rows, one.columns()).set_index("turn")[column] for one in (cell, other))
-    values = operator.truediv(*sides).dropna()
-    if values.empty:  # not measured on this machine
-        return dict(ratio=float("nan"), low=float("nan"), high=float("nan"), n=0)
+    values = operator.truediv(*sides)
     return dict(ratio=median(values), low=values.quantile(0.25), high=values.quantile(0.75), n=len(values))

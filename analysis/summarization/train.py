@@ -89,7 +89,7 @@ class Config:
 
 SMALL = Config(
     Sizes(vocabulary=1_200, embedding=32, extractor=24, abstracter=44), "adam", rates=(4e-3, 4e-3, 2e-3),
-    batches=(32, 16, 8), steps=(250, 900, 200), grow=((200, 60, 20),), coverage=200, frozen=True, train=None,
+    batches=(32, 16, 8), steps=(250, 2400, 1600), grow=((200, 60, 20),), coverage=200, frozen=True, train=None,
     validation=160, words=400, sentences=20, target=70)
 # The paper's but for the numbers of steps, which its code leaves to the user, and the batch of the pointer-generator's
 # last steps, which stays at the abstracter's.
