@@ -25,18 +25,18 @@ import torch
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 from torch import Tensor, nn
-from torch.nn.functional import cosine_similarity
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from analysis import cascade
-from analysis.decode import Context, begin, greedy, hidden_states, usual
-from analysis.evaluate import EXPRESSION, RecDataset, image_seed
+from analysis.decode import Context, begin, greedy, hidden_states
+from analysis.evaluate import EXPRESSION, RecDataset, form, image_seed, texts, whose
 from analysis.models import Model
 from analysis.positions import layout
-from analysis.pruning import prumerge, select
+from analysis.pruning import cls_similarity, prumerge, random, select, text_similarity, trim
 from analysis.pruning import pruner as find_pruner
-from analysis.pruning._select import text
+from analysis.pruning._budget import check
+from analysis.pruning._select import ranking
 from analysis.registry import pick
 from analysis.summarization.losses import inconsistency_rate
 from analysis.types import Cell, Selection, VisualTokens
@@ -50,13 +50,11 @@ Prompt = tuple[Tensor, Tensor]  # token IDs before and after the image, as `Mode
 # The scores of the methods that rank tokens, [B, N], higher is kept first. A test holds them against the methods.
 SCORES: dict[str, Callable[[VisualTokens, Sequence[int]], Tensor]] = {
     "random": lambda visual, seeds: _random(visual.features, seeds),
-    "cls_similarity": lambda visual, seeds: cosine_similarity(
-        visual.signals.patches.float(), visual.signals.cls.float()[:, None], dim=-1),
-    "text_similarity": lambda visual, seeds: cosine_similarity(
-        visual.signals.clip_patches.float(), text(visual.signals, "expression")[:, None], dim=-1),
-    "trim": lambda visual, seeds: (-_product(visual)).softmax(dim=1),
-    "trim:lowest=false": lambda visual, seeds: _product(visual).softmax(dim=1),
-    "prumerge": lambda visual, seeds: prumerge._attention(visual),
+    "cls_similarity": lambda visual, seeds: cls_similarity.scores(visual),
+    "text_similarity": lambda visual, seeds: text_similarity.scores(visual),
+    "trim": lambda visual, seeds: trim.scores(visual),
+    "trim:lowest=false": lambda visual, seeds: trim.scores(visual, lowest=False),
+    "prumerge": lambda visual, seeds: prumerge.scores(visual),
     "fastervlm": lambda visual, seeds: visual.signals.cls_attention.float(),
     "visionzip": lambda visual, seeds: visual.signals.cls_attention.float(),
 }
@@ -64,12 +62,7 @@ SCORES: dict[str, Callable[[VisualTokens, Sequence[int]], Tensor]] = {
 
 def _random(features: Tensor, seeds: Sequence[int]) -> Tensor:
     n = features.shape[1]
-    drawn = [torch.randperm(n, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    return (1 - torch.stack(drawn).argsort(dim=1) / n).to(features.device)
-
-
-def _product(visual: VisualTokens) -> Tensor:
-    return (visual.signals.clip_patches.float() @ text(visual.signals, "prompt")[..., None])[..., 0]
+    return (1 - random.permutations(n, seeds).argsort(dim=1) / n).to(features.device)
 
 
 def one_grid(visual: VisualTokens) -> VisualTokens:
@@ -95,9 +88,8 @@ def soft_weights(scores: Tensor, keep: float) -> Tensor:
     at most 1 / N more: the budget that hard selection spends. keep = 1 gives 1 everywhere.
     Raises ValueError unless 0 < keep <= 1.
     """
-    if not 0 < keep <= 1:
-        raise ValueError(f"keep ratio must be in (0, 1], got {keep}; give a share such as 0.25")
-    rank = scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    check(keep)
+    rank = ranking(scores).argsort(dim=1)
     return (1 - rank.double() / scores.shape[1]) ** (1 / keep - 1)  # float64: small ratios of many tokens underflow
 
 
@@ -139,7 +131,8 @@ class Batch(NamedTuple):
             owner.append(first.setdefault(key, (len(first), row))[0])
         rows = [row for _, row in first.values()]
         embeds = [torch.cat([model.embed(self.prompts[row][0]), self.features[self.image[row]]]) for row in rows]
-        ids = [self.positions()[0][row] for row in rows]
+        before, _ = self.positions()
+        ids = [before[row] for row in rows]
         if bias is None:
             return begin(model.decoder, embeds, ids, owner)
         (level,) = begin(_Biased(model.decoder, bias[rows]), embeds, ids, owner)
@@ -264,7 +257,7 @@ def measure(
     "original" and all tokens. sink: as for `sinks`; chunk: images worked on together.
     Raises ValueError for a pruner in `soft` without a score, for a model with tiles, and what the pruners raise.
     """
-    score = {name: pick(SCORES, name, "score") for name in soft} | {p: SCORES[p] for p in pruners if p in SCORES}
+    draft, score = form(model), {name: pick(SCORES, name, "score") for name in soft} | {p: SCORES[p] for p in pruners if p in SCORES}
     prune = {name: find_pruner(name) for name in pruners}
     looked, answered, image_ids = [], [], dataset.rows["image_id"].unique()
     for start in tqdm(range(0, len(image_ids), chunk), unit=" chunks", disable=not progress):
@@ -276,24 +269,21 @@ def measure(
         seeds = [image_seed(seed, image_id) for image_id in rows["image_id"]]
         batch = Batch(visual.features, index.tolist(), [model.prompt(expression) for expression in rows["expression"]])
         looks, scores = look(model, batch), {name: compute(pairs, seeds).cpu() for name, compute in score.items()}
-        whose = pd.DataFrame(dict(model=model.name, revision=model.revision, dataset=dataset.name, split=dataset.split),
-                             index=rows.index).join(rows[EXPRESSION])
+        asked = whose(model, dataset, rows, EXPRESSION)
         unknown = torch.full((len(rows), n), torch.nan)
         of_image = [[one for one, i in zip(looks, batch.image) if i == image] for image in range(len(part))]
         sunk = torch.stack([sinks(some, sink) for some in of_image])[index]
         for name, keep in product(pruners, keeps):
             stay = survivors(select(prune[name], pairs, keep, seeds), n)
-            looked.append(whose.assign(pruner=name, keep=keep, seed=seed, tokens=stay.sum(1).tolist(),
+            looked.append(asked.assign(pruner=name, keep=keep, seed=seed, tokens=stay.sum(1).tolist(),
                                        steps=[len(one.answer) for one in looks],
                                        **agreement(looks, scores.get(name, unknown), stay, sunk)))
-        draft = usual([one.answer for one in looks])
         for name, keep in product(soft, keeps):
-            said = answers(model, batch, soft_weights(scores[name], keep), draft)
-            answered.append(whose.assign(
-                raw=["" if answer is None else model.text(answer) for answer in said], dialect=model.dialect,
-                frame=model.frame, **Cell(name, keep, "raster", "original", seed).columns(), tokens=float(n),
-                tokens_full=float(n),
-                error=["the model's logits are not numbers (NaN)" if answer is None else "" for answer in said]))
+            raw, error = texts(model, answers(model, batch, soft_weights(scores[name], keep), draft))
+            answered.append(asked.assign(
+                raw=raw, dialect=model.dialect, frame=model.frame,
+                **Cell(name, keep, "raster", "original", seed).columns(),
+                tokens=float(n), tokens_full=float(n), error=error))
     return tuple(pd.concat(tables, ignore_index=True) if tables else pd.DataFrame() for tables in (looked, answered))
 
 

@@ -187,6 +187,12 @@ def _answer(
                   eos=model.eos, context=context, draft=draft)
 
 
+def texts(model: Model, answers: Sequence[list[int] | None]) -> tuple[list[str], list[str]]:
+    """The texts of `greedy`'s answers, "" where there is none, and why there is none."""
+    return (["" if answer is None else model.text(answer) for answer in answers],
+            ["the model's logits are not numbers (NaN)" if answer is None else "" for answer in answers])
+
+
 def _answers(
     model: Model, placed: dict[Any, tuple[Tensor, Ids]], prompts: dict[str, tuple[Tensor, Tensor]], rows: pd.DataFrame,
     pace: Pace, bar: tqdm,
@@ -206,8 +212,7 @@ def _answers(
             pace.expressions = _out_of_memory(model, len(part), "expressions")
             continue
         pace.tokens += sum(len(answer) for answer in tokens if answer is not None)
-        raw[part] = ["" if answer is None else model.text(answer) for answer in tokens]
-        errors[part] = ["the model's logits are not numbers (NaN)" if answer is None else "" for answer in tokens]
+        raw[part], errors[part] = texts(model, tokens)
         todo = todo[len(part) :]
         bar.update(len(part))
     bar.update(len(rows) - len(placed))
@@ -263,6 +268,12 @@ def _select(
     return made
 
 
+def whose(model: Model, dataset: RecDataset, rows: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
+    """The first columns of rows of answers: the model and data they are of, and what was asked."""
+    given = dict(model=model.name, revision=model.revision, dataset=dataset.name, split=dataset.split)
+    return pd.DataFrame(given, index=rows.index).join(rows[columns])
+
+
 def _pieces(
     model: Model, dataset: RecDataset, rows: pd.DataFrame, images: dict[Any, Image.Image], errors: dict[Any, str],
     missing: Sequence[Cell], by_text: dict[tuple, bool], pace: Pace, bar: tqdm,
@@ -282,7 +293,6 @@ def _pieces(
         done = {name: _place(selection, lengths[i], cell, image_seed(cell.seed, i))
                 for name, (selection, i) in once.items()}
         placed = {row: done[id(selection)] for row, selection in made[key].items()}
-        whose = dict(model=model.name, revision=model.revision, dataset=dataset.name, split=dataset.split)
         raw, failed = _answers(model, placed, prompts, rows, pace, bar)
         answered = dict(
             raw=raw, dialect=model.dialect, frame=model.frame,
@@ -291,7 +301,7 @@ def _pieces(
             tokens_full=[float(lengths.get(i, "nan")) for i in rows["image_id"]],
             error=[errors.get(i, "") for i in rows["image_id"]] + failed,
         )
-        table = pd.DataFrame(whose, index=rows.index).join(rows[_columns(rows)]).assign(**answered)
+        table = whose(model, dataset, rows, _columns(rows)).assign(**answered)
         yield cell, table.astype({"keep": float}).reset_index(drop=True)
 
 

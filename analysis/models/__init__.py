@@ -106,9 +106,8 @@ def _stored(folder: Path) -> list[int]:
     return found
 
 
-def _check_config(folder: Path, config: PreTrainedConfig, build: type[PreTrainedModel]) -> None:
+def _check_config(stored: list[int], config: PreTrainedConfig, build: type[PreTrainedModel]) -> None:
     """Raises ValueError, before memory is taken, where config.json is of a far larger model than the weights are."""
-    stored = _stored(folder)
     for part in (config.vision_config, config.text_config):
         if not 0 < part.num_hidden_layers <= len(stored):
             raise ValueError(f"config.json has a part of {part.num_hidden_layers} layers, but the files hold "
@@ -119,9 +118,9 @@ def _check_config(folder: Path, config: PreTrainedConfig, build: type[PreTrained
         raise ValueError(f"config.json describes {numbers} parameters, but the files hold {sum(stored)}")
 
 
-def _check_memory(folder: Path, name: str, device: str, dtype: torch.dtype) -> None:
+def _check_memory(stored: list[int], name: str, device: str, dtype: torch.dtype) -> None:
     """Raises MemoryError where the weights alone are more than what is free."""
-    numbers = sum(_stored(folder))
+    numbers = sum(stored)
     needed, cuda = numbers * dtype.itemsize, device.startswith("cuda")
     free = torch.cuda.mem_get_info(device)[0] if cuda else psutil.virtual_memory().available
     if needed > free:
@@ -150,10 +149,11 @@ def load(
         if isinstance(dtype, str):
             dtype = pick({kind: getattr(torch, kind) for kind in ("float32", "bfloat16", "float16")}, dtype, "dtype")
         dtype = dtype or (torch.float32 if device == "cpu" else config.dtype or torch.float32)
-        _check_memory(folder, name, device, dtype)
+        stored = _stored(folder)
+        _check_memory(stored, name, device, dtype)
         family = pick(FAMILIES, config.model_type, "model family")
         build, options = family.whole_class(config)
-        _check_config(folder, config, build)
+        _check_config(stored, config, build)
         whole, info = build.from_pretrained(
             folder, config=config, dtype=dtype, attn_implementation=ATTENTION, local_files_only=True,
             output_loading_info=True, use_safetensors=True, **options,

@@ -11,15 +11,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from analysis.pruning._budget import budget
+from analysis.pruning._select import ranking
 from analysis.types import Selection, VisualTokens, kept
+
+
+def scores(visual: VisualTokens) -> Tensor:
+    """[B, N]; in float32, for in half precision many would tie."""
+    return cosine_similarity(visual.signals.patches.float(), visual.signals.cls.float()[:, None], dim=-1)
 
 
 def prune(visual: VisualTokens, keep: float | None, *, seeds: Sequence[int] = ()) -> list[Selection]:
     """The k tokens most similar to [CLS], best first. Raises ValueError on a bad keep ratio."""
     k = budget(keep, visual.features.shape[1])
-    # float32: in half precision many scores would tie.
-    scores = cosine_similarity(visual.signals.patches.float(), visual.signals.cls.float()[:, None], dim=-1)
-    return kept(visual.features, scores.argsort(dim=1, descending=True, stable=True)[:, :k])
+    return kept(visual.features, ranking(scores(visual))[:, :k])

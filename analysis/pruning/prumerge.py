@@ -32,7 +32,7 @@ from analysis.types import Selection, VisualTokens
 NEIGHBOURS = 32
 
 
-def _attention(visual: VisualTokens) -> Tensor:
+def scores(visual: VisualTokens) -> Tensor:
     """[B, N] attention of [CLS] to the patches."""
     keys, query = visual.signals.keys.float(), visual.signals.cls_query.float()
     logits = (keys @ query[..., None])[..., 0] / query.shape[-1] ** 0.5
@@ -77,7 +77,7 @@ def prune(
 
     Raises ValueError on a bad keep ratio or option.
     """
-    attention = _attention(visual)
+    attention = scores(visual)
     count, spare = existing(attention, keep, anchor)
     order = ranking(attention)
     if flag(plus, "plus"):

@@ -12,9 +12,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from analysis.pruning._budget import budget
 from analysis.types import Selection, VisualTokens, kept
+
+
+def permutations(n: int, seeds: Sequence[int]) -> Tensor:
+    """[B, n] a permutation for each seed.
+
+    Drawn on the CPU: the generators of CPU and GPU differ, and a seed must name the same tokens on both.
+    """
+    return torch.stack([torch.randperm(n, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
 def prune(visual: VisualTokens, keep: float | None, *, seeds: Sequence[int]) -> list[Selection]:
@@ -23,6 +32,4 @@ def prune(visual: VisualTokens, keep: float | None, *, seeds: Sequence[int]) -> 
     k = budget(keep, n)
     if len(seeds) != batch:
         raise ValueError(f"pruner 'random' needs one seed per image, got {len(seeds)} seeds for {batch} images")
-    # Drawn on the CPU: the generators of CPU and GPU differ, and a seed must name the same tokens on both.
-    drawn = [torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:k] for seed in seeds]
-    return kept(visual.features, torch.stack(drawn).sort(dim=1).values.to(visual.features.device))
+    return kept(visual.features, permutations(n, seeds)[:, :k].sort(dim=1).values.to(visual.features.device))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from analysis.pruning._budget import budget
@@ -19,11 +20,14 @@ from analysis.pruning._select import ranking, text
 from analysis.types import Selection, VisualTokens, kept
 
 
+def scores(visual: VisualTokens, about: str = "expression") -> Tensor:
+    """[B, N]. Raises ValueError on an unknown text."""
+    return cosine_similarity(visual.signals.clip_patches.float(), text(visual.signals, about)[:, None], dim=-1)
+
+
 def prune(
     visual: VisualTokens, keep: float | None, *, seeds: Sequence[int] = (), about: str = "expression"
 ) -> list[Selection]:
     """The k tokens most similar to the text, best first. Raises ValueError on a bad keep ratio or option."""
     k = budget(keep, visual.features.shape[1])
-    words = text(visual.signals, about)[:, None]
-    scores = cosine_similarity(visual.signals.clip_patches.float(), words, dim=-1)
-    return kept(visual.features, ranking(scores)[:, :k])
+    return kept(visual.features, ranking(scores(visual, about))[:, :k])

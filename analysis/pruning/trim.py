@@ -19,8 +19,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from analysis.pruning._select import emit, existing, flag, leftover, ranking, text
 from analysis.types import Selection, VisualTokens
+
+
+def scores(visual: VisualTokens, about: str = "prompt", lowest: bool = True) -> Tensor:
+    """[B, N]. Raises ValueError on an unknown text or option."""
+    similarity = (visual.signals.clip_patches.float() @ text(visual.signals, about)[..., None])[..., 0]
+    return (-similarity if flag(lowest, "lowest") else similarity).softmax(dim=1)
 
 
 def prune(
@@ -28,12 +36,10 @@ def prune(
     anchor: str = "centroid", lowest: bool = True,
 ) -> list[Selection]:
     """The tokens least (or most) similar to the text, then the mean of the others. Raises ValueError on a bad keep or option."""
-    words = text(visual.signals, about)[..., None]
-    similarity = (visual.signals.clip_patches.float() @ words)[..., 0]
-    scores = (-similarity if flag(lowest, "lowest") else similarity).softmax(dim=1)
-    count, spare = existing(scores, keep, anchor)
-    n = scores.shape[1]
-    pruned = ranking(scores).argsort(dim=1) >= count[:, None]
+    score = scores(visual, about, lowest)
+    count, spare = existing(score, keep, anchor)
+    n = score.shape[1]
+    pruned = ranking(score).argsort(dim=1) >= count[:, None]
     order = pruned.int().argsort(dim=1, stable=True)
     weights = (1 / (n - count).clamp(min=1))[:, None].expand(-1, n)
     tokens = visual.features.take_along_dim(order[..., None], dim=1)

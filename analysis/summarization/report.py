@@ -81,6 +81,13 @@ def over_seeds(table: pd.DataFrame, by: Sequence[str], value: str = "value") -> 
         n=("size", "max")).reset_index()
 
 
+def _seed_by_seed(pooled: Mapping[str, float], seeds: Sequence[Mapping[str, float]], n: int) -> dict[str, Any]:
+    """A difference over all seeds with what each seed says of it; each with keys difference, low, high."""
+    holds = all(one["low"] > 0 for one in seeds) or all(one["high"] < 0 for one in seeds)
+    return {k: pooled[k] for k in ("difference", "low", "high")} | dict(
+        n=n, seeds=len(seeds), by_seed=[one["difference"] for one in seeds], holds=bool(holds and len(seeds) >= 3))
+
+
 def compared(table: pd.DataFrame, a: Mapping[str, Any], b: Mapping[str, Any], value: str = "value") -> dict[str, Any]:
     """mean(b) - mean(a) over the same documents: difference, low, high, n over all seeds, its sign "holds" in each.
 
@@ -96,10 +103,7 @@ def compared(table: pd.DataFrame, a: Mapping[str, Any], b: Mapping[str, Any], va
     x, y = f"{value}_a", f"{value}_b"
     pooled = paired_difference(both[x], both[y], both["document"], permutations=1)
     seeds = [paired_difference(part[x], part[y], part["document"], permutations=1) for _, part in both.groupby("seed")]
-    holds = all(one["low"] > 0 for one in seeds) or all(one["high"] < 0 for one in seeds)
-    return {k: pooled[k] for k in ("difference", "low", "high")} | dict(
-        n=both["document"].nunique(), seeds=len(seeds), by_seed=[one["difference"] for one in seeds],
-        holds=bool(holds and len(seeds) >= 3))
+    return _seed_by_seed(pooled, seeds, both["document"].nunique())
 
 
 def ratio_change(rows: pd.DataFrame, a: str, b: str, resamples: int = 2000) -> dict[str, Any]:
@@ -113,20 +117,18 @@ def ratio_change(rows: pd.DataFrame, a: str, b: str, resamples: int = 2000) -> d
         raise ValueError(f"{a} and {b} must have the same documents of the same seeds")
     both = one.join(two.reindex(one.index), rsuffix="_b")
 
-    def change(part: pd.DataFrame) -> tuple[float, float, float]:
+    def change(part: pd.DataFrame) -> dict[str, float]:
         def of(r_a, c_a, r_b, c_b, axis=-1):
             return r_b.mean(axis) / c_b.mean(axis) - r_a.mean(axis) / c_a.mean(axis)
 
         columns = part.groupby("document").mean().to_numpy().T
         drawn = bootstrap(tuple(columns), of, paired=True, vectorized=True, method="percentile", n_resamples=resamples,
                           batch=200, rng=np.random.default_rng(0))
-        return float(of(*columns)), *map(float, drawn.confidence_interval)
+        low, high = map(float, drawn.confidence_interval)
+        return dict(difference=float(of(*columns)), low=low, high=high)
 
     seeds = [change(part) for _, part in both.groupby("seed")]
-    holds = all(high < 0 for _, _, high in seeds) or all(low > 0 for _, low, _ in seeds)
-    return dict(zip(("difference", "low", "high"), change(both))) | dict(
-        n=both.index.get_level_values(0).nunique(), seeds=len(seeds), by_seed=[one for one, *_ in seeds],
-        holds=bool(holds and len(seeds) >= 3))
+    return _seed_by_seed(change(both), seeds, both.index.get_level_values(0).nunique())
 
 
 def cell(row: Mapping[str, float], scale: float = 100, digits: int = 1) -> str:

@@ -49,7 +49,6 @@ from analysis.summarization.data import Document, Vocabulary
 from analysis.summarization.model import PAPER, Sizes, Unified
 from analysis.summarization.score import oracle
 
-CHECKPOINTS = Path(__file__).parent / "checkpoints"
 RUNS = ROOT / "runs" / "summarization"
 ARMS = {f"end-to-end-{weight}{'-inc' * inc}": {"extraction": weight, "abstraction": 1, "coverage": 1}
         | ({"inconsistency": 1} if inc else {}) for weight in (1, 5) for inc in (False, True)}
