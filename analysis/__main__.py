@@ -22,7 +22,8 @@ from packaging.requirements import Requirement
 from analysis import ROOT, results
 
 RUNS = ROOT / "papermill_runs"
-PRODUCERS = ("10_rec_eval", "11_cost", "12_real_checkpoints", "20_train_summarizer", "21_decode_summaries")
+PRODUCERS = ("10_rec_eval", "11_cost", "12_real_checkpoints", "13_attention_rows", "20_train_summarizer",
+             "21_decode_summaries")
 
 
 def _execute(notebook: str, log: Path, parameters: dict) -> int:
