@@ -257,7 +257,8 @@ def measure(
     "original" and all tokens. sink: as for `sinks`; chunk: images worked on together.
     Raises ValueError for a pruner in `soft` without a score, for a model with tiles, and what the pruners raise.
     """
-    draft, score = form(model), {name: pick(SCORES, name, "score") for name in soft} | {p: SCORES[p] for p in pruners if p in SCORES}
+    score = {name: pick(SCORES, name, "score") for name in soft} | {p: SCORES[p] for p in pruners if p in SCORES}
+    draft = form(model)
     prune = {name: find_pruner(name) for name in pruners}
     looked, answered, image_ids = [], [], dataset.rows["image_id"].unique()
     for start in tqdm(range(0, len(image_ids), chunk), unit=" chunks", disable=not progress):

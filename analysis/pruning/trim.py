@@ -3,8 +3,8 @@
 Source: arXiv:2409.10994, github.com/FreedomIntelligence/TRIM.
 Score: softmax over patches of minus the dot product of signals.clip_patches and the text, neither normalised. The
   patches *least* like the text win: that minus sign is upstream's, made for a CLIP whose patches have not been aligned
-  with words. Option lowest: true (default), or false for the patches most like the text. Upstream projects the layer that the connector
-  reads into CLIP's space, signals.clip_patches the tower's last.
+  with words. Option lowest: true (default), or false for the patches most like the text. Upstream projects the layer
+  that the connector reads into CLIP's space, signals.clip_patches the tower's last.
   Option about: "prompt" (default, the whole question as upstream) or "expression".
 Selection: the k - 1 highest scores and one leftover token, the mean patch of the pruned, before the connector;
   k = 1 has no room for it. keep None: scores above Q3 + 1.5 (Q3 - Q1) of the image, or the best if there is none
@@ -35,7 +35,7 @@ def prune(
     visual: VisualTokens, keep: float | None, *, seeds: Sequence[int] = (), about: str = "prompt",
     anchor: str = "centroid", lowest: bool = True,
 ) -> list[Selection]:
-    """The tokens least (or most) similar to the text, then the mean of the others. Raises ValueError on a bad keep or option."""
+    """The tokens least (or most) like the text, then the mean of the others. Raises ValueError on a bad keep or option."""
     score = scores(visual, about, lowest)
     count, spare = existing(score, keep, anchor)
     n = score.shape[1]
