@@ -46,12 +46,11 @@ TABLES = {
     "tabB_order_ids": [f"{RECS}/tabB.parquet"],
 }
 DRAWING = ["analysis/style.py", "analysis/published.py", "analysis/stats.py", "analysis/rec/scoring.py"]
-# what can move a row: the code without the drawing, the command lines, the training and the probe
+# what can move a row: the code without the drawing, the command lines, the training and the probe; attention and cost move
+# those of 13_attention_rows and 11_cost only
 ENGINE = sorted(set(glob("analysis/*.py") + glob("analysis/*/*.py")) - set(DRAWING) - set(glob("analysis/summarization/*.py"))
                 - {f"analysis/testbed/{name}.py" for name in ("train", "loop", "contrast", "instruct", "grow", "probe")}
-                - {f"analysis/{name}.py" for name in ("__main__", "models/__main__", "models/convert")})
-for alone in ("attention", "cost"):  # move the rows of 13_attention_rows and 11_cost only
-    ENGINE.remove(f"analysis/{alone}.py")
+                - {f"analysis/{name}.py" for name in ("__main__", "models/__main__", "models/convert", "attention", "cost")})
 
 SHARDS = int(config.get("shards", 1))  # jobs that share the work of one file of rows
 # 12_real_checkpoints takes its parameters from --config model=... limit=...; gpu is how many GPUs each of its jobs gets

@@ -63,7 +63,7 @@ def peak_bytes(model: Model, run: Callable[[], object]) -> int:
         run()
         return torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        kept = run()  # noqa: F841, what it returns counts until the end
+        run()
     steps = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
     return max(accumulate((event.nbytes() for event in sorted(steps, key=lambda e: e.start_ns())), initial=0))
 

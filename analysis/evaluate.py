@@ -181,8 +181,8 @@ def _answer(
         owner.append(shared[key][0])
         questions.append((model.embed(suffix), last))
     _, *said = zip(*words.values())
-    _, *images, whose = zip(*shared.values())
-    context = begin(model.decoder, *images, owner, context=begin(model.decoder, *said, whose))
+    _, *images, after = zip(*shared.values())
+    context = begin(model.decoder, *images, owner, context=begin(model.decoder, *said, after))
     return greedy(model.decoder, model.head, *zip(*questions), embed=model.embed, max_new_tokens=model.max_new_tokens,
                   eos=model.eos, context=context, draft=draft)
 

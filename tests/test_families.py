@@ -172,7 +172,7 @@ def test_signals_of_strips(case):
 @pytest.mark.parametrize("name", PRUNERS)
 def test_pruners_that_read_no_text_run_on_strips(case, name):
     if name in ("text_similarity", "trim"):
-        with pytest.raises(AttributeError, match=r"no signal 'clip_patches'; it offers: cls, cls_attention"):
+        with pytest.raises(AttributeError, match=r"no signal 'clip_(text|prompt)'; it offers: cls, cls_attention"):
             needs_text(case.model, pruner(name), 0.5)
         return
     assert not needs_text(case.model, pruner(name), None if name == "none" else 0.5)

@@ -22,7 +22,8 @@ from analysis.types import Selection, VisualTokens, kept
 
 def scores(visual: VisualTokens, about: str = "expression") -> Tensor:
     """[B, N]. Raises ValueError on an unknown text."""
-    return cosine_similarity(visual.signals.clip_patches.float(), text(visual.signals, about)[:, None], dim=-1)
+    words = text(visual.signals, about)[:, None]  # first, so that a model without a text tower is told that it lacks one
+    return cosine_similarity(visual.signals.clip_patches.float(), words, dim=-1)
 
 
 def prune(

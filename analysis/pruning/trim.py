@@ -27,7 +27,8 @@ from analysis.types import Selection, VisualTokens
 
 def scores(visual: VisualTokens, about: str = "prompt", lowest: bool = True) -> Tensor:
     """[B, N]. Raises ValueError on an unknown text or option."""
-    similarity = (visual.signals.clip_patches.float() @ text(visual.signals, about)[..., None])[..., 0]
+    words = text(visual.signals, about)[..., None]  # first, so that a model without a text tower is told that it lacks one
+    similarity = (visual.signals.clip_patches.float() @ words)[..., 0]
     return (-similarity if flag(lowest, "lowest") else similarity).softmax(dim=1)
 
 
