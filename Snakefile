@@ -12,7 +12,7 @@ RECS = "papermill_runs/10_rec_eval"
 REALS = "papermill_runs/12_real_checkpoints"
 SPLITS = ["refstamps_val", "refstamps_testA", "refstamps_testB", "refstamps+_val", "refstamps+_testA",
           "refstamps+_testB", "refstampsg_val", "refstampsg_test"]
-MODELS = [Path(file).parent.name for file in sorted(glob("analysis/testbed/checkpoints/*/probe.csv"))]
+MODELS = [Path(file).parent.name for file in sorted(glob("analysis/checkpoints/*/probe.csv"))]
 OF_MODELS = [f"{RECS}/tab4_{model}_{split}.parquet" for model in MODELS for split in SPLITS]
 SUMMARIES = [f"papermill_runs/21_decode_summaries/seed{seed}.parquet" for seed in (0, 1, 2)]
 SUMMARIZED = [*SUMMARIES, "analysis/summarization/report.py", "analysis/summarization/score.py", "analysis/summarization/news.py"]
@@ -31,8 +31,8 @@ FIGURES = {  # consumer notebook -> what it reads
     "fig8_summaries_side_by_side": SUMMARIZED,
     "fig9_inconsistency_of_pruning": ATTENTION,
     "figA_refstamps": [],
-    "figB_testbed": ["analysis/testbed/checkpoints/tiny-clip/log.csv"]
-                    + [f"analysis/testbed/checkpoints/{model}/{file}" for model in MODELS for file in ("log.csv", "probe.csv")],
+    "figB_testbed": ["analysis/checkpoints/tiny-clip/log.csv"]
+                    + [f"analysis/checkpoints/{model}/{file}" for model in MODELS for file in ("log.csv", "probe.csv")],
 }
 TABLES = {
     "tab1_methods": [f"{RECS}/tab1_{split}.parquet" for split in SPLITS],
@@ -49,8 +49,8 @@ DRAWING = ["analysis/style.py", "analysis/published.py", "analysis/stats.py", "a
 # what can move a row: the code without the drawing, the command lines, the training and the probe; attention and cost move
 # those of 13_attention_rows and 11_cost only
 ENGINE = sorted(set(glob("analysis/*.py") + glob("analysis/*/*.py")) - set(DRAWING) - set(glob("analysis/summarization/*.py"))
-                - {f"analysis/testbed/{name}.py" for name in ("train", "loop", "contrast", "instruct", "grow", "probe")}
-                - {f"analysis/{name}.py" for name in ("__main__", "models/__main__", "models/convert", "attention", "cost")})
+                - set(glob("analysis/training/*.py"))
+                - {f"analysis/{name}.py" for name in ("__main__", "models/__main__", "models/convert", "engine/attention", "engine/cost")})
 
 SHARDS = int(config.get("shards", 1))  # jobs that share the work of one file of rows
 # 12_real_checkpoints takes its parameters from --config model=... limit=...; gpu is how many GPUs each of its jobs gets
@@ -77,7 +77,7 @@ def executed(wildcards, output):
 
 def weights(model):
     """Files of a model, and of the CLIP whose words it is compared with."""
-    return [f"analysis/testbed/checkpoints/{name}/model.safetensors" for name in ("tiny-clip", model)]
+    return [f"analysis/checkpoints/{name}/model.safetensors" for name in ("tiny-clip", model)]
 
 
 def settings(key):

@@ -22,8 +22,14 @@ from packaging.requirements import Requirement
 from analysis import ROOT, results
 
 RUNS = ROOT / "papermill_runs"
-PRODUCERS = ("10_rec_eval", "11_cost", "12_real_checkpoints", "13_attention_rows", "20_train_summarizer",
-             "21_decode_summaries")
+PRODUCERS = (
+    "10_rec_eval",
+    "11_cost",
+    "12_real_checkpoints",
+    "13_attention_rows",
+    "20_train_summarizer",
+    "21_decode_summaries",
+)
 
 
 def _execute(notebook: str, log: Path, parameters: dict) -> int:
@@ -33,9 +39,17 @@ def _execute(notebook: str, log: Path, parameters: dict) -> int:
 
     log.parent.mkdir(parents=True, exist_ok=True)
     try:
-        papermill.execute_notebook(ROOT / "notebooks" / f"{notebook}.ipynb", log, parameters, kernel_name="python3",
-                                   cwd=ROOT, log_output=True, progress_bar=False, stdout_file=sys.stdout,
-                                   stderr_file=sys.stderr)
+        papermill.execute_notebook(
+            ROOT / "notebooks" / f"{notebook}.ipynb",
+            log,
+            parameters,
+            kernel_name="python3",
+            cwd=ROOT,
+            log_output=True,
+            progress_bar=False,
+            stdout_file=sys.stdout,
+            stderr_file=sys.stderr,
+        )
     except PapermillExecutionError as error:
         print(f"\n{error.ename}: {error.evalue}\nThe log is {log}", file=sys.stderr)
         return 1
@@ -89,13 +103,21 @@ def status(args: argparse.Namespace) -> int:
         except ValueError as error:
             found.append(dict(file=path.relative_to(RUNS), state=str(error)))
             continue
-        about = dict(file=path.relative_to(RUNS), state="whole", rows=len(rows), model=", ".join(rows["model"].unique()))
+        about = dict(
+            file=path.relative_to(RUNS), state="whole", rows=len(rows), model=", ".join(rows["model"].unique())
+        )
         if "error" in rows:
             about |= dict(images=rows["image_id"].nunique(), failed=(rows["error"] != "").sum())
         found.append(about)
-    found += [dict(file=path.relative_to(RUNS), state=f"unfinished, {len(list(path.glob('*.parquet')))} parts")
-              for path in _unfinished()]
-    print(pd.DataFrame(found).astype(object).fillna("").to_string(index=False) if found else f"no rows in {RUNS}; make paper writes them")
+    found += [
+        dict(file=path.relative_to(RUNS), state=f"unfinished, {len(list(path.glob('*.parquet')))} parts")
+        for path in _unfinished()
+    ]
+    print(
+        pd.DataFrame(found).astype(object).fillna("").to_string(index=False)
+        if found
+        else f"no rows in {RUNS}; make paper writes them"
+    )
     return int(any(about["state"] != "whole" for about in found))
 
 
@@ -118,8 +140,12 @@ def doctor(args: argparse.Namespace) -> int:
             seen = version(wanted.name)
         except PackageNotFoundError:
             seen = "missing"
-        check(wanted.name, seen != "missing" and wanted.specifier.contains(seen, prereleases=True), seen,
-              f"pip install '{line}'")
+        check(
+            wanted.name,
+            seen != "missing" and wanted.specifier.contains(seen, prereleases=True),
+            seen,
+            f"pip install '{line}'",
+        )
     import torch
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU, the CPU works"
@@ -135,7 +161,7 @@ def doctor(args: argparse.Namespace) -> int:
     try:
         check("RefStamps", len(datasets.load("refstamps", "val", 1).rows) > 0, "drawn")
     except (OSError, ValueError) as error:
-        check("RefStamps", False, str(error), "git checkout -- analysis/testbed/stamps")
+        check("RefStamps", False, str(error), "git checkout -- analysis/refstamps/stamps")
     print("all is well" if not wrong else f"{wrong} things are wrong")
     return int(wrong > 0)
 
@@ -158,16 +184,19 @@ def summarize(args: argparse.Namespace) -> int:
     for number in found.extracted:
         print(f"  {number + 1} (beta {found.beta[number]:.2f}): {' '.join(document.article[number])}")
     print(f"\nR_inc {found.r_inc:.2f} (attention at random: {found.chance:.2f})")
-    print(f"note: the embedded model knows the {len(known):,} commonest words of the generated news; "
-          f"{sum(word not in known.ids for word in words)} of this article's {len(words)} are others, which it can only "
-          f"copy. It reads the first {system.limits['max_words']} words and {system.limits['max_sentences']} sentences.",
-          file=sys.stderr)
+    print(
+        f"note: the embedded model knows the {len(known):,} commonest words of the generated news; "
+        f"{sum(word not in known.ids for word in words)} of this article's {len(words)} are others, which it can only "
+        f"copy. It reads the first {system.limits['max_words']} words and {system.limits['max_sentences']} sentences.",
+        file=sys.stderr,
+    )
     return 0
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m analysis", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m analysis", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
 
     def command(name: str, function) -> argparse.ArgumentParser:
@@ -178,14 +207,24 @@ def main(argv: list[str] | None = None) -> int:
     runs = command("run", run)
     runs.add_argument("key", nargs="?", help="name of a parameter file in papermill_runs/<notebook>/, such as fig1")
     runs.add_argument("--notebook", choices=PRODUCERS, default=PRODUCERS[0], help="default: %(default)s")
-    runs.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
-                      help="a parameter of the notebook, as in papermill; VALUE is read as YAML: -p keep '[0.25, 0.5]'")
+    runs.add_argument(
+        "-p",
+        "--parameter",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("NAME", "VALUE"),
+        help="a parameter of the notebook, as in papermill; VALUE is read as YAML: -p keep '[0.25, 0.5]'",
+    )
     for name, function in (("resume", resume), ("status", status), ("doctor", doctor)):
         command(name, function)
     texts = command("summarize", summarize)
     texts.add_argument("article", type=Path, help="a text file")
-    texts.add_argument("--system", default="end-to-end-5-inc",
-                       help="pointer-generator, two-stage, end-to-end-5 (without L_inc), ...; default: %(default)s")
+    texts.add_argument(
+        "--system",
+        default="end-to-end-5-inc",
+        help="pointer-generator, two-stage, end-to-end-5 (without L_inc), ...; default: %(default)s",
+    )
     texts.add_argument("--seed", type=int, default=0, help="of its training: 0, 1 or 2; default: %(default)s")
     args = parser.parse_args(argv)
     return args.function(args)

@@ -9,15 +9,18 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any
 
-from .registry import pick
+from analysis.registry import pick
 
 
 def declare(scope: dict[str, Any]) -> dict[str, Any]:
     """The parameters, {name: default}: what a notebook's own cells have defined, neither IPython's names nor modules,
     functions and classes. scope is the notebook's globals()."""
     hidden = {"In", "Out", "DECLARED", "exit", "quit", "open"}
-    return {k: v for k, v in scope.items()
-            if not k.startswith("_") and k not in hidden and not isinstance(v, ModuleType) and not callable(v)}
+    return {
+        k: v
+        for k, v in scope.items()
+        if not k.startswith("_") and k not in hidden and not isinstance(v, ModuleType) and not callable(v)
+    }
 
 
 def check(scope: dict[str, Any], declared: dict[str, Any]) -> None:
@@ -31,5 +34,7 @@ def check(scope: dict[str, Any], declared: dict[str, Any]) -> None:
             continue
         kinds = (int, float) if isinstance(default, float) else (type(default),)
         if not isinstance(value, kinds) or isinstance(value, bool) != isinstance(default, bool):
-            raise ValueError(f"parameter {name!r} takes {type(default).__name__}, as in {default!r}; "
-                             f"got {type(value).__name__} {value!r}")
+            raise ValueError(
+                f"parameter {name!r} takes {type(default).__name__}, as in {default!r}; "
+                f"got {type(value).__name__} {value!r}"
+            )

@@ -18,8 +18,10 @@ UNCHECKED = "quoted from memory, not checked against the paper"  # what tables m
 
 def _summaries(model: str, metric: str, source: str, *values: float) -> list[tuple]:
     """R1, R2, RL (or R1 alone) of a summarizer, in per cent."""
-    return [("Unified", None, model, "CNN/Daily Mail", "test", None, None, f"{name} {metric}", value, source)
-            for name, value in zip(("R1", "R2", "RL"), values)]
+    return [
+        ("Unified", None, model, "CNN/Daily Mail", "test", None, None, f"{name} {metric}", value, source)
+        for name, value in zip(("R1", "R2", "RL"), values)
+    ]
 
 
 # Names are the paper's own. None: not stated. Accuracy and ROUGE in percent. Unpruned, compact and original IDs are the
@@ -41,8 +43,21 @@ PUBLISHED = pd.DataFrame(
         *_summaries("end to end without L_inc", "recall", f"{_UNIFIED}, {UNCHECKED}", 72.97),
         *_summaries("end to end with L_inc", "recall", f"{_UNIFIED}, {UNCHECKED}", 78.40),
         *_summaries("gold labels", "recall", f"{_UNIFIED}, {UNCHECKED}", 89.23),
-        *(("Unified", None, f"end to end {which} L_inc", "CNN/Daily Mail", "test", None, None, "R_inc", value,
-           f"{_UNIFIED}, {UNCHECKED}") for which, value in (("without", 0.198), ("with", 0.042))),
+        *(
+            (
+                "Unified",
+                None,
+                f"end to end {which} L_inc",
+                "CNN/Daily Mail",
+                "test",
+                None,
+                None,
+                "R_inc",
+                value,
+                f"{_UNIFIED}, {UNCHECKED}",
+            )
+            for which, value in (("without", 0.198), ("with", 0.042))
+        ),
     ],
     columns=_COLUMNS,
 )

@@ -24,19 +24,24 @@ def _cluster_totals(values: ArrayLike, clusters: ArrayLike) -> tuple[NDArray, ND
     return np.bincount(codes, values, len(names)), np.bincount(codes, minlength=len(names)).astype(np.float64)
 
 
-def _ratio_interval(
-    above: NDArray, below: NDArray, level: float, resamples: int, seed: int
-) -> tuple[float, float]:
+def _ratio_interval(above: NDArray, below: NDArray, level: float, resamples: int, seed: int) -> tuple[float, float]:
     """Percentile bootstrap interval of sum(above) / sum(below) over clusters [C], which are resampled whole.
 
     A resample without anything below has no ratio and is left out.
     """
+
     def ratio(above: NDArray, below: NDArray, axis: int) -> NDArray:
         total = below.sum(axis)
         return np.divide(above.sum(axis), total, out=np.full(np.shape(total), np.nan), where=total > 0)
 
     drawn = stats.bootstrap(
-        (above, below), ratio, paired=True, vectorized=True, method="percentile", batch=200, n_resamples=resamples,
+        (above, below),
+        ratio,
+        paired=True,
+        vectorized=True,
+        method="percentile",
+        batch=200,
+        n_resamples=resamples,
         rng=np.random.default_rng(seed),
     ).bootstrap_distribution
     low, high = np.nanquantile(drawn, [(1 - level) / 2, (1 + level) / 2])
@@ -62,15 +67,28 @@ def _sign_flip_p(sums: NDArray, permutations: int, seed: int) -> float:
     sums = sums[sums != 0]  # a sign changes nothing there; fewer clusters make the exact test possible more often
     if len(sums) < 2:
         return 1.0  # both signs of a single cluster are equally extreme
-    return float(stats.permutation_test(
-        (sums,), lambda x, axis: x.sum(axis), permutation_type="samples", vectorized=True, batch=200,
-        n_resamples=permutations, alternative="two-sided", rng=np.random.default_rng(seed),
-    ).pvalue)
+    return float(
+        stats.permutation_test(
+            (sums,),
+            lambda x, axis: x.sum(axis),
+            permutation_type="samples",
+            vectorized=True,
+            batch=200,
+            n_resamples=permutations,
+            alternative="two-sided",
+            rng=np.random.default_rng(seed),
+        ).pvalue
+    )
 
 
 def paired_difference(
-    a: ArrayLike, b: ArrayLike, clusters: ArrayLike,
-    level: float = 0.95, resamples: int = 2000, permutations: int = 9999, seed: int = 0,
+    a: ArrayLike,
+    b: ArrayLike,
+    clusters: ArrayLike,
+    level: float = 0.95,
+    resamples: int = 2000,
+    permutations: int = 9999,
+    seed: int = 0,
 ) -> dict[str, float]:
     """difference = mean(b) - mean(a) of aligned scores [n], with low, high and a two-sided p.
 
@@ -88,8 +106,12 @@ def paired_difference(
 
 
 def paired_cells(
-    scored: pd.DataFrame, cell_a: Mapping[str, Any], cell_b: Mapping[str, Any],
-    on: Sequence[str] = ("image_id", "ref_id", "sent_id"), clusters: str = "image_id", **options: Any,
+    scored: pd.DataFrame,
+    cell_a: Mapping[str, Any],
+    cell_b: Mapping[str, Any],
+    on: Sequence[str] = ("image_id", "ref_id", "sent_id"),
+    clusters: str = "image_id",
+    **options: Any,
 ) -> dict[str, float]:
     """`paired_difference` of "correct" from cell a to cell b over the same expressions, plus n (expressions).
 
@@ -121,9 +143,12 @@ def gap_pairs(scored: pd.DataFrame, by: Sequence[str] = ("pruner", "keep")) -> p
     over the whole table. Raises what `paired_cells` raises, so where a group has not both.
     """
     by = list(by)
-    pairs = pd.DataFrame([
-        where | paired_cells(scored, where | {"ids": "compact"}, where | {"ids": "original"})
-        for where in scored.loc[scored["pruner"] != "none", by].drop_duplicates().to_dict("records")])
+    pairs = pd.DataFrame(
+        [
+            where | paired_cells(scored, where | {"ids": "compact"}, where | {"ids": "original"})
+            for where in scored.loc[scored["pruner"] != "none", by].drop_duplicates().to_dict("records")
+        ]
+    )
     return pairs.assign(p_fdr=fdr(pairs["p"]))
 
 

@@ -10,29 +10,58 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from pandas.io.formats.style import Styler
 
-from . import ROOT
+from analysis import ROOT
 
 WIDTH = 7.0  # inches: the text width of most papers; one column is half of it
 # Okabe and Ito's colours, told apart by colour-blind readers and in grey; the same thing has the same colour everywhere
-COLOURS = {"full": "#4D4D4D", "compact": "#D55E00", "original": "#0072B2", "compressed": "#E69F00",
-           "permuted": "#CC79A7", "both": "#D55E00"}
+COLOURS = {
+    "full": "#4D4D4D",
+    "compact": "#D55E00",
+    "original": "#0072B2",
+    "compressed": "#E69F00",
+    "permuted": "#CC79A7",
+    "both": "#D55E00",
+}
 LABELS = {"compact": "compact IDs (as pruners do)", "original": "original IDs (GAP)"}
 IDS = {"compact": "upstream", "original": "GAP"}  # the same in a table's column
-PRUNERS = {"none": "none", "random": "random", "spatial": "spatial grid", "cls_similarity": "[CLS] similarity",
-           "text_similarity": "text similarity", "prumerge": "PruMerge", "prumerge+": "PruMerge+", "trim": "TRIM",
-           "trim:lowest=false": "TRIM, sign turned",
-           "fastervlm": "FasterVLM", "divprune": "DivPrune", "visionzip": "VisionZip"}
+PRUNERS = {
+    "none": "none",
+    "random": "random",
+    "spatial": "spatial grid",
+    "cls_similarity": "[CLS] similarity",
+    "text_similarity": "text similarity",
+    "prumerge": "PruMerge",
+    "prumerge+": "PruMerge+",
+    "trim": "TRIM",
+    "trim:lowest=false": "TRIM, sign turned",
+    "fastervlm": "FasterVLM",
+    "divprune": "DivPrune",
+    "visionzip": "VisionZip",
+}
 
 
 def paper_style() -> None:
     """Set matplotlib's defaults for every figure."""
     sns.set_theme(style="ticks", context="paper")
-    plt.rcParams.update({
-        "font.family": "DejaVu Sans", "font.size": 8, "axes.labelsize": 8, "axes.titlesize": 8.5,
-        "xtick.labelsize": 7.5, "ytick.labelsize": 7.5, "legend.fontsize": 7.5, "legend.frameon": False,
-        "axes.spines.top": False, "axes.spines.right": False, "pdf.fonttype": 42, "savefig.dpi": 200,
-        "figure.dpi": 110, "axes.titleweight": "bold", "axes.titlelocation": "left",
-    })
+    plt.rcParams.update(
+        {
+            "font.family": "DejaVu Sans",
+            "font.size": 8,
+            "axes.labelsize": 8,
+            "axes.titlesize": 8.5,
+            "xtick.labelsize": 7.5,
+            "ytick.labelsize": 7.5,
+            "legend.fontsize": 7.5,
+            "legend.frameon": False,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "pdf.fonttype": 42,
+            "savefig.dpi": 200,
+            "figure.dpi": 110,
+            "axes.titleweight": "bold",
+            "axes.titlelocation": "left",
+        }
+    )
 
 
 def output_folder(smoke: bool) -> Path:
@@ -64,7 +93,7 @@ def percent_axis(axis: plt.Axes, label: str) -> None:
 
 
 def accuracy_cell(row: pd.Series) -> str:
-    """"56.6 ±2.1": accuracy and half the width of its interval in per cent, from columns accuracy, low and high.
+    """ "56.6 ±2.1": accuracy and half the width of its interval in per cent, from columns accuracy, low and high.
 
     With the columns of `stats.gap_pairs` as gap_difference and gap_p_fdr, GAP's cell ends in * where it is significantly
     better than compact IDs', in v where worse.
@@ -75,8 +104,9 @@ def accuracy_cell(row: pd.Series) -> str:
     return f"{100 * row['accuracy']:.1f} ±{50 * (row['high'] - row['low']):.1f}{mark}"
 
 
-def save_table(name: str, shown: pd.DataFrame, tidy: pd.DataFrame, bold: pd.DataFrame | None = None,
-               smoke: bool = False) -> Styler:
+def save_table(
+    name: str, shown: pd.DataFrame, tidy: pd.DataFrame, bold: pd.DataFrame | None = None, smoke: bool = False
+) -> Styler:
     """Write figures/<name>.tex (a tabular for \\input, needs booktabs and multirow), .html and .csv.
 
     shown: text cells as they are to be read, missing ones empty; tidy: the numbers behind them, for the .csv; bold: which
@@ -86,7 +116,9 @@ def save_table(name: str, shown: pd.DataFrame, tidy: pd.DataFrame, bold: pd.Data
     bold = pd.DataFrame(False, shown.index, shown.columns) if bold is None else bold
 
     def styled(escape: str) -> Styler:
-        table = shown.style.format(escape=escape).format_index(escape=escape, axis=0).format_index(escape=escape, axis=1)
+        table = (
+            shown.style.format(escape=escape).format_index(escape=escape, axis=0).format_index(escape=escape, axis=1)
+        )
         table = table.apply(lambda _: bold.map({True: "font-weight: bold", False: ""}.get), axis=None)
         return table.set_caption("SMOKE TEST") if smoke else table
 

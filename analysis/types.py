@@ -78,8 +78,12 @@ class VisualTokens:
 
     def take(self, index: Tensor, **more: Callable[[], Tensor]) -> VisualTokens:
         """Images `index` [M], which may repeat, with `more` signals such as the text of each."""
-        return replace(self, features=self.features[index], signals=self.signals.take(index, **more),
-                       tiles=self.tiles.take(index, **more) if self.tiles else None)
+        return replace(
+            self,
+            features=self.features[index],
+            signals=self.signals.take(index, **more),
+            tiles=self.tiles.take(index, **more) if self.tiles else None,
+        )
 
 
 @dataclass(frozen=True)

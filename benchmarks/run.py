@@ -26,16 +26,22 @@ from tqdm import tqdm
 from transformers import LlamaForCausalLM
 
 from analysis import models
-from analysis.cost import clock, measure, ratio, sequences
-from analysis.evaluate import cells, evaluate, image_seed
+from analysis.engine.cost import clock, measure, ratio, sequences
+from analysis.engine.evaluate import cells, evaluate, image_seed
 from analysis.pruning import pruner, select
 from analysis.rec import datasets
 from analysis.registry import matching
 from analysis.types import Cell
 
 METHODS = ["random", "spatial", "cls_similarity", "text_similarity", "prumerge", "trim"]
-GOALS = {"engine": ">= 15 on 2 CPU cores, >= 20 on a GPU", "gap_time": "1.00 +- 0.01", "gap_memory": "1.00 +- 0.01",
-         "speedup_share": ">= 0.85 on a GPU at 576 tokens", "slope_images": "1", "slope_cells": "< 1"}
+GOALS = {
+    "engine": ">= 15 on 2 CPU cores, >= 20 on a GPU",
+    "gap_time": "1.00 +- 0.01",
+    "gap_memory": "1.00 +- 0.01",
+    "speedup_share": ">= 0.85 on a GPU at 576 tokens",
+    "slope_images": "1",
+    "slope_cells": "< 1",
+}
 
 
 def timed(model: models.Model, run: Callable[[], object]) -> float:
@@ -54,13 +60,20 @@ def plain_loop(model: models.Model, data: datasets.RecDataset, grid: list) -> li
         for cell in grid:
             for row in data.rows.itertuples():
                 seed = image_seed(cell.seed, row.image_id)
-                visual = model.encode([data.image(row.image_id)]).take(torch.tensor([0]), **model.texts([row.expression]))
+                visual = model.encode([data.image(row.image_id)]).take(
+                    torch.tensor([0]), **model.texts([row.expression])
+                )
                 chosen = select(pruner(cell.pruner), visual, cell.keep, [seed])
                 (embeds,), (places,) = sequences(model, chosen, visual.length, [model.prompt(row.expression)], cell)
                 made = whole.generate(
-                    inputs_embeds=embeds[None], position_ids=places[None],
+                    inputs_embeds=embeds[None],
+                    position_ids=places[None],
                     attention_mask=torch.ones(1, len(embeds), dtype=torch.long, device=embeds.device),
-                    max_new_tokens=model.max_new_tokens, do_sample=False, eos_token_id=model.eos, pad_token_id=0)
+                    max_new_tokens=model.max_new_tokens,
+                    do_sample=False,
+                    eos_token_id=model.eos,
+                    pad_token_id=0,
+                )
                 answers.append(model.text([t for t in made[0].tolist() if t not in (0, model.eos)]))
     return answers
 
@@ -68,7 +81,9 @@ def plain_loop(model: models.Model, data: datasets.RecDataset, grid: list) -> li
 def engine(model: models.Model, data: datasets.RecDataset, grid: list, batch: int) -> list[str]:
     """The same by `evaluate`, into a folder that is thrown away."""
     with tempfile.TemporaryDirectory() as folder:
-        return evaluate(model, data, grid, Path(folder) / "rows.parquet", batch_size=batch, progress=False)["raw"].tolist()
+        return evaluate(model, data, grid, Path(folder) / "rows.parquet", batch_size=batch, progress=False)[
+            "raw"
+        ].tolist()
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -96,7 +111,9 @@ def bench(model: models.Model, images: int, turns: int, batch: int) -> pd.DataFr
         ratios.append((slow / len(small.rows)) / (fast / len(data.rows)))
         again = engine(model, small, grid, batch)
         same.append(np.mean([a == b for a, b in zip(answers["plain"], again, strict=True)]))
-    add("engine", f"times faster than the plain loop, {len(grid)} cells, {len(data.rows)} expressions", **spread(ratios))
+    add(
+        "engine", f"times faster than the plain loop, {len(grid)} cells, {len(data.rows)} expressions", **spread(ratios)
+    )
     add("engine_same", "share of equal answers", value=float(min(same)))
 
     full, compact, gap = prefills = [*cells("none"), *cells("random", 0.25, ids=["compact", "original"])]
@@ -115,28 +132,50 @@ def bench(model: models.Model, images: int, turns: int, batch: int) -> pd.DataFr
     a, b = (torch.randn(side, side, device=model.device, dtype=model.dtype) for _ in range(2))
     peak = 2 * side**3 / min(timed(model, lambda: a @ b) for _ in range(10))
     unpruned = matching(measured, full.columns())
-    add("roofline", f"of the {peak / 1e9:.0f} GFLOP/s of one product of {side} x {side}, in the full prefill",
-        **spread(unpruned["flops"] * unpruned["images"] / unpruned["prefill_s"] / peak))
+    add(
+        "roofline",
+        f"of the {peak / 1e9:.0f} GFLOP/s of one product of {side} x {side}, in the full prefill",
+        **spread(unpruned["flops"] * unpruned["images"] / unpruned["prefill_s"] / peak),
+    )
 
     def evaluated(n: int, chosen: list) -> float:
         part = datasets.load("refstamps", "val", n)
         return timed(model, lambda: engine(model, part, chosen, batch))
 
     steps = [max(2, images // 4), max(3, images // 2), max(4, images)]
-    add("slope_images", f"of log time against log images, {steps}", value=slope(steps, [evaluated(n, grid[:3]) for n in steps]))
+    add(
+        "slope_images",
+        f"of log time against log images, {steps}",
+        value=slope(steps, [evaluated(n, grid[:3]) for n in steps]),
+    )
     counts = [1, 4, 16]
-    add("slope_cells", f"of log time against log cells, {counts} of the same kind",
-        value=slope(counts, [evaluated(steps[1], cells("spatial", 0.25, ids="original", seeds=[*range(n)])) for n in counts]))
-    by_keep = measure(model, data, cells("random", [0.1, 0.25, 0.5, 1.0], ids="original"), min(images, 16), 5, progress=False)
+    add(
+        "slope_cells",
+        f"of log time against log cells, {counts} of the same kind",
+        value=slope(
+            counts, [evaluated(steps[1], cells("spatial", 0.25, ids="original", seeds=[*range(n)])) for n in counts]
+        ),
+    )
+    by_keep = measure(
+        model, data, cells("random", [0.1, 0.25, 0.5, 1.0], ids="original"), min(images, 16), 5, progress=False
+    )
     text = sum(map(len, model.prompt(data.rows["expression"][0])))
     fastest = by_keep.groupby("keep")[["tokens", "prefill_s"]].min() + [text, 0]
-    add("slope_tokens", "of log prefill time against log tokens of the prompt, a tenth to all of the image kept",
-        value=slope(*fastest.to_numpy().T))
+    add(
+        "slope_tokens",
+        "of log prefill time against log tokens of the prompt, a tenth to all of the image kept",
+        value=slope(*fastest.to_numpy().T),
+    )
     sizes = [n for n in (2, 4, 8, 16) if n <= images]
-    fastest = [measure(model, data, cells("random", 0.5, ids="original"), n, 5, progress=False)["prefill_s"].min() for n in sizes]
+    fastest = [
+        measure(model, data, cells("random", 0.5, ids="original"), n, 5, progress=False)["prefill_s"].min()
+        for n in sizes
+    ]
     add("slope_batch", f"of log prefill time against log batch, {sizes}", value=slope(sizes, fastest))
     where = torch.cuda.get_device_name() if model.device.type == "cuda" else f"{platform.machine()} CPU"
-    return pd.DataFrame(found).assign(model=model.name, device=where, threads=torch.get_num_threads(), dtype=str(model.dtype)[6:])
+    return pd.DataFrame(found).assign(
+        model=model.name, device=where, threads=torch.get_num_threads(), dtype=str(model.dtype)[6:]
+    )
 
 
 def main() -> None:

@@ -6,12 +6,18 @@ import re
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from hypothesis import settings
+from PIL import Image
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import (
-    CLIPConfig, CLIPModel, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, PreTrainedTokenizerFast,
+    CLIPConfig,
+    CLIPModel,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedTokenizerFast,
 )
 
 from analysis import models
@@ -38,7 +44,11 @@ def tokenizer(more=""):
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     words.decoder = decoders.WordPiece(prefix="##", cleanup=False)
     return PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+        tokenizer_object=words,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
         additional_special_tokens=["<image>", *re.findall(r"<im_\w+>", more)],
     )
 
@@ -46,22 +56,47 @@ def tokenizer(more=""):
 def config(words, **vision):
     return LlavaConfig(
         vision_config=CLIPVisionConfig(
-            hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2, image_size=32,
-            patch_size=8, initializer_factor=20.0, **vision,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            image_size=32,
+            patch_size=8,
+            initializer_factor=20.0,
+            **vision,
         ),
         text_config=LlamaConfig(
-            vocab_size=len(words), hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-            initializer_range=0.4, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+            vocab_size=len(words),
+            hidden_size=24,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            initializer_range=0.4,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
         ),
-        image_token_index=words.convert_tokens_to_ids("<image>"), image_seq_length=16, clip="random-clip",
+        image_token_index=words.convert_tokens_to_ids("<image>"),
+        image_seq_length=16,
+        clip="random-clip",
     )
 
 
 def clip(words):
     """Its CLIP: the same tower's shape, and a text tower that reads the same words."""
     vision = config(words).vision_config.to_dict() | {"initializer_factor": 20.0}
-    text = dict(vocab_size=len(words), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-                max_position_embeddings=12, bos_token_id=1, eos_token_id=2, pad_token_id=0, initializer_factor=20.0)
+    text = dict(
+        vocab_size=len(words),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=12,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        initializer_factor=20.0,
+    )
     return CLIPModel(CLIPConfig(vision_config=vision, text_config=text, projection_dim=6))
 
 

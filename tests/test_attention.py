@@ -6,22 +6,32 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import noise
 from hypothesis import given, settings
 from hypothesis import strategies as some
 from scipy.stats import spearmanr
 from transformers import LlavaForConditionalGeneration
 
-from analysis import attention, cascade
-from analysis.attention import (
-    SCORES, Batch, Look, Ratio, agreement, answers, look, rank_correlations, sinks, soft_weights,
+from analysis.engine import attention
+from analysis.engine import shared_prefix as cascade
+from analysis.engine.attention import (
+    SCORES,
+    Batch,
+    Look,
+    Ratio,
+    agreement,
+    answers,
+    look,
+    rank_correlations,
+    sinks,
+    soft_weights,
 )
-from analysis.decode import greedy, prefill
-from analysis.evaluate import cells, evaluate
+from analysis.engine.decode import greedy, prefill
+from analysis.engine.evaluate import cells, evaluate
 from analysis.positions import assign, layout
 from analysis.pruning import pruner, select
 from analysis.rec.datasets import RecDataset
 from analysis.types import Signals, VisualTokens
-from conftest import noise
 
 WORDS = ["red cat", "the left blue dog", "cup", "a red cup right of the dog"]
 IMAGE = [0, 0, 1, 2]
@@ -44,8 +54,15 @@ def alone(model, batch):
     found = []
     for image, (before, after) in zip(batch.image, batch.prompts):
         embeds = torch.cat([model.embed(before), batch.features[image], model.embed(after)])
-        found += greedy(model.decoder, model.head, [embeds], [torch.arange(len(embeds))], embed=model.embed,
-                        max_new_tokens=model.max_new_tokens, eos=model.eos)
+        found += greedy(
+            model.decoder,
+            model.head,
+            [embeds],
+            [torch.arange(len(embeds))],
+            embed=model.embed,
+            max_new_tokens=model.max_new_tokens,
+            eos=model.eos,
+        )
     return found
 
 
@@ -79,13 +96,23 @@ def test_beta_1_is_the_unpruned_model(tiny, batch):
 
 def logits(model, batch, beta):
     """After the question, under soft selection."""
-    return prefill(model.decoder, model.head, [model.embed(after) for _, after in batch.prompts], batch.positions()[1],
-                   context=batch.begun(model, beta.log()))[0]
+    return prefill(
+        model.decoder,
+        model.head,
+        [model.embed(after) for _, after in batch.prompts],
+        batch.positions()[1],
+        context=batch.begun(model, beta.log()),
+    )[0]
 
 
 def test_beta_1_gives_the_same_logits_bit_for_bit(tiny, batch):
-    plain = prefill(tiny.decoder, tiny.head, [tiny.embed(after) for _, after in batch.prompts], batch.positions()[1],
-                    context=batch.begun(tiny))[0]
+    plain = prefill(
+        tiny.decoder,
+        tiny.head,
+        [tiny.embed(after) for _, after in batch.prompts],
+        batch.positions()[1],
+        context=batch.begun(tiny),
+    )[0]
     # the same beginnings: with a bias they are shared by image, prefix and bias, here all ones
     assert torch.equal(plain, logits(tiny, batch, torch.ones(len(WORDS), batch.features.shape[1])))
 
@@ -100,8 +127,9 @@ def test_beta_0_is_hard_pruning_with_original_ids(tiny, batch):
         ids = layout(len(before), *assign(origin, n, "original", 0), len(after))
         embeds = torch.cat([tiny.embed(before), batch.features[image][origin], tiny.embed(after)])
         hard.append(prefill(tiny.decoder, tiny.head, [embeds], [ids])[0][0])
-        said += greedy(tiny.decoder, tiny.head, [embeds], [ids], embed=tiny.embed, max_new_tokens=tiny.max_new_tokens,
-                       eos=tiny.eos)
+        said += greedy(
+            tiny.decoder, tiny.head, [embeds], [ids], embed=tiny.embed, max_new_tokens=tiny.max_new_tokens, eos=tiny.eos
+        )
     torch.testing.assert_close(logits(tiny, batch, stay.float()), torch.stack(hard), atol=1e-4, rtol=0)
     assert answers(tiny, batch, stay.float()) == said != answers(tiny, batch)
 
@@ -128,8 +156,13 @@ def test_modulation_is_alpha_beta_over_their_sum(tiny, batch):
     for weights in (torch.ones_like(beta), beta):
         context = batch.begun(tiny, weights.log())
         hook = tiny.decoder.layers[0].self_attn.register_forward_hook(lambda module, args, out: seen.append(out[1]))
-        prefill(tiny.decoder, tiny.head, [tiny.embed(after)[:1] for _, after in batch.prompts],
-                [ids[:1] for ids in batch.positions()[1]], context=context)
+        prefill(
+            tiny.decoder,
+            tiny.head,
+            [tiny.embed(after)[:1] for _, after in batch.prompts],
+            [ids[:1] for ids in batch.positions()[1]],
+            context=context,
+        )
         hook.remove()
     alpha, modulated = seen
     end = alpha.shape[-1] - 1  # the one query's own key comes last
@@ -183,11 +216,15 @@ def test_merged_tokens_do_not_survive(tiny, pictures):
 
 def test_agreement_by_hand():
     """Five tokens, the last a sink; two answers of two and one steps, and an empty one."""
+
     def shown(*rows):
         return Look(torch.tensor([*rows, [0.2] * 5]), [9] * len(rows))
 
-    looks = [shown([0.1, 0.4, 0.0, 0.0, 0.5], [0.6, 0.2, 0.1, 0.1, 0.0]), shown([0.0, 0.1, 0.2, 0.1, 0.6]),
-             Look(torch.full((1, 5), 0.2), [])]
+    looks = [
+        shown([0.1, 0.4, 0.0, 0.0, 0.5], [0.6, 0.2, 0.1, 0.1, 0.0]),
+        shown([0.0, 0.1, 0.2, 0.1, 0.6]),
+        Look(torch.full((1, 5), 0.2), []),
+    ]
     beta = torch.tensor([[0.9, 0.1, 0.1, 0.1, 5.0], [0.2, 0.2, 0.4, 0.4, 5.0], [0.9, 0.1, 0.1, 0.1, 5.0]])
     stay = torch.tensor([[True, True, False, False, True], [True, False, False, False, False], [True] * 5])
     found = agreement(looks, beta, stay, torch.tensor([[False] * 4 + [True]] * 3))
@@ -212,8 +249,10 @@ def test_rank_correlations_against_scipy():
     draw = np.random.default_rng(0)
     signal = np.repeat(np.arange(8.0), 2)[:, None] * 0.5
     lost = Ratio(signal + draw.normal(size=(16, 30)), np.ones((16, 30)))
-    measures = {"good": Ratio(signal + draw.normal(size=(16, 30)), np.ones((16, 30))),
-                "ratio": Ratio(draw.normal(size=(16, 30)), draw.uniform(1, 2, size=(16, 30)))}
+    measures = {
+        "good": Ratio(signal + draw.normal(size=(16, 30)), np.ones((16, 30))),
+        "ratio": Ratio(draw.normal(size=(16, 30)), draw.uniform(1, 2, size=(16, 30))),
+    }
     groups = [0, 1] * 8
     found = {row["measure"]: row for row in rank_correlations(measures, lost, [0] * 16, "ratio", resamples=300)}
     for name, measure in measures.items():
@@ -229,8 +268,25 @@ def test_rank_correlations_against_scipy():
 
 def test_rows(tiny, tmp_path):
     """Two frames with the engine's expressions and columns; hard and soft agree where soft is hard."""
-    rows = pd.DataFrame([dict(image_id=f"i{i}", ref_id=f"i{i}", sent_id=s, expression=WORDS[i + s], width=32, height=24,
-                              x1=1.0, y1=1.0, x2=20.0, y2=20.0) for i in range(3) for s in range(2) if i + s < 4])
+    rows = pd.DataFrame(
+        [
+            dict(
+                image_id=f"i{i}",
+                ref_id=f"i{i}",
+                sent_id=s,
+                expression=WORDS[i + s],
+                width=32,
+                height=24,
+                x1=1.0,
+                y1=1.0,
+                x2=20.0,
+                y2=20.0,
+            )
+            for i in range(3)
+            for s in range(2)
+            if i + s < 4
+        ]
+    )
     data = RecDataset("noise", "val", rows, lambda name: noise(32, 24, int(name[1])))
     methods = ["random", "divprune"]
     looked, soft = attention.measure(tiny, data, methods, [0.25, 1.0], ["random"], chunk=2, progress=False)

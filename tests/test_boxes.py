@@ -42,7 +42,7 @@ def test_padded_frame_is_where_padding_puts_the_pixel(width, height, data):
     side = max(width, height)
     square = np.zeros((side, side))
     top, left = (side - height) // 2, (side - width) // 2
-    square[top:top + height, left:left + width] = image
+    square[top : top + height, left : left + width] = image
     (row,), (column,) = np.nonzero(square)
     fractions = FRAMES["padded"].encode([x, y, x + 1, y + 1], [width, height])
     np.testing.assert_allclose(fractions * side, [column, row, column + 1, row + 1], atol=1e-9)
@@ -76,27 +76,46 @@ def test_format_llava():
             format_llava(bad)
 
 
-@pytest.mark.parametrize("text, box", [
-    ("[0.12, 0.34, 0.56, 0.78]", [0.12, 0.34, 0.56, 0.78]),
-    ("The box is [ 0.1 ,0.2,\n0.3,\t0.4 ]. Or [0, 0, 1, 1].", [0.1, 0.2, 0.3, 0.4]),
-    ("[0, 0., .5, +1.000]", [0, 0, 0.5, 1]),
-    ("[0.3, 0.3, 0.3, 0.3]", [0.3, 0.3, 0.3, 0.3]),
-    ("[see] [1, 2] [0.1, 0.2, 0.3, 0.4, 0.5] [0.5, 0.5, 0.6, 0.6]", [0.5, 0.5, 0.6, 0.6]),
-    ("[[0.1, 0.2, 0.3, 0.4]]", [0.1, 0.2, 0.3, 0.4]),
-])
+@pytest.mark.parametrize(
+    "text, box",
+    [
+        ("[0.12, 0.34, 0.56, 0.78]", [0.12, 0.34, 0.56, 0.78]),
+        ("The box is [ 0.1 ,0.2,\n0.3,\t0.4 ]. Or [0, 0, 1, 1].", [0.1, 0.2, 0.3, 0.4]),
+        ("[0, 0., .5, +1.000]", [0, 0, 0.5, 1]),
+        ("[0.3, 0.3, 0.3, 0.3]", [0.3, 0.3, 0.3, 0.3]),
+        ("[see] [1, 2] [0.1, 0.2, 0.3, 0.4, 0.5] [0.5, 0.5, 0.6, 0.6]", [0.5, 0.5, 0.6, 0.6]),
+        ("[[0.1, 0.2, 0.3, 0.4]]", [0.1, 0.2, 0.3, 0.4]),
+    ],
+)
 def test_parse_llava_accepts(text, box):
     parsed = parse_llava(text)
     assert parsed.dtype == np.float64 and parsed.tolist() == box
 
 
-@pytest.mark.parametrize("text", [
-    "", "no box", "[]", "[0.1, 0.2, 0.3]", "[0.1, 0.2, 0.3, 0.4", "0.1, 0.2, 0.3, 0.4", "(0.1, 0.2, 0.3, 0.4)",
-    "[0.1 0.2 0.3 0.4]", "[0.1, 0.2, 0.3, 0.4, 0.5]", "[0.1, 0.2, nan, 0.4]", "[1e-3, 0, 1, 1]", "[0.1, 0.2, 0.3, .]",
-    "[0.5, 0.2, 0.3, 0.4]", "[0.1, 0.5, 0.3, 0.4]",  # inverted
-    "[-0.01, 0.2, 0.3, 0.4]", "[0.1, 0.2, 0.3, 1.01]", "[12, 34, 56, 78]",  # outside
-    "[0, 0, 1, 2] [0, 0, 1, 1]",  # the first list is the answer, even where it is invalid
-    "[٠, ٠, ١, ١]",  # digits, but not ASCII
-])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "no box",
+        "[]",
+        "[0.1, 0.2, 0.3]",
+        "[0.1, 0.2, 0.3, 0.4",
+        "0.1, 0.2, 0.3, 0.4",
+        "(0.1, 0.2, 0.3, 0.4)",
+        "[0.1 0.2 0.3 0.4]",
+        "[0.1, 0.2, 0.3, 0.4, 0.5]",
+        "[0.1, 0.2, nan, 0.4]",
+        "[1e-3, 0, 1, 1]",
+        "[0.1, 0.2, 0.3, .]",
+        "[0.5, 0.2, 0.3, 0.4]",
+        "[0.1, 0.5, 0.3, 0.4]",  # inverted
+        "[-0.01, 0.2, 0.3, 0.4]",
+        "[0.1, 0.2, 0.3, 1.01]",
+        "[12, 34, 56, 78]",  # outside
+        "[0, 0, 1, 2] [0, 0, 1, 1]",  # the first list is the answer, even where it is invalid
+        "[٠, ٠, ١, ١]",  # digits, but not ASCII
+    ],
+)
 def test_parse_llava_rejects(text):
     assert parse_llava(text) is None
 
@@ -137,6 +156,7 @@ def test_iou_is_the_naive_one_for_every_pair(pairs, plus_one):
 @given(boxes(st.integers(0, 30)), boxes(st.integers(0, 30)), st.booleans())
 def test_iou_counts_pixels(a, b, plus_one):
     """Integer boxes against sets of pixels; with plus_one the last row and column belong to the box."""
+
     def pixels(box):
         x1, y1, x2, y2 = box.astype(int)
         return {(x, y) for x in range(x1, x2 + plus_one) for y in range(y1, y2 + plus_one)}
@@ -179,11 +199,14 @@ def test_unknown_names_are_told_what_is_right():
         hit([0, 0, 1, 1], [0, 0, 1, 1], "GE")
 
 
-@pytest.mark.parametrize("dialect, steps, pattern", [
-    ("llava", 100, r"\[{0}, {0}, {0}, {0}\]".format(r"([01]\.\d\d)")),
-    ("shikra", 1000, r"Answer: \[{0},{0},{0},{0}\] \.".format(r"([01]\.\d{3})")),
-    ("minigpt_v2", 100, r"\{<N><N><N><N>\}".replace("N", r"(\d{1,3})")),
-])
+@pytest.mark.parametrize(
+    "dialect, steps, pattern",
+    [
+        ("llava", 100, r"\[{0}, {0}, {0}, {0}\]".format(r"([01]\.\d\d)")),
+        ("shikra", 1000, r"Answer: \[{0},{0},{0},{0}\] \.".format(r"([01]\.\d{3})")),
+        ("minigpt_v2", 100, r"\{<N><N><N><N>\}".replace("N", r"(\d{1,3})")),
+    ],
+)
 @given(box=boxes(st.floats(-0.5, 1.5)))
 def test_what_is_written_is_within_half_a_unit_of_the_last_decimal(dialect, steps, pattern, box):
     written = DIALECTS[dialect].format(box)
@@ -192,22 +215,42 @@ def test_what_is_written_is_within_half_a_unit_of_the_last_decimal(dialect, step
     np.testing.assert_allclose(DIALECTS[dialect].parse(written), np.array(units) / steps, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("text, box", [
-    ("{<12><34><56><78>}", [0.12, 0.34, 0.56, 0.78]),
-    ("It is { <0> < 0 ><100>\n<007> }. {<1><2><3><4>}", [0, 0, 1, 0.07]),
-    ("{{<1><2><3>} {<5><5><5><5>}", [0.05, 0.05, 0.05, 0.05]),
-])
+@pytest.mark.parametrize(
+    "text, box",
+    [
+        ("{<12><34><56><78>}", [0.12, 0.34, 0.56, 0.78]),
+        ("It is { <0> < 0 ><100>\n<007> }. {<1><2><3><4>}", [0, 0, 1, 0.07]),
+        ("{{<1><2><3>} {<5><5><5><5>}", [0.05, 0.05, 0.05, 0.05]),
+    ],
+)
 def test_parse_minigpt_v2_accepts(text, box):
     assert parse_minigpt_v2(text).tolist() == box
 
 
-@pytest.mark.parametrize("text", [
-    "", "{}", "{<1><2><3>}", "{<1><2><3><4>", "<1><2><3><4>}", "{<1><2><3><4><5>}", "{1 2 3 4}", "{<1>,<2>,<3>,<4>}",
-    "[0.1, 0.2, 0.3, 0.4]", "{<0.1><0.2><0.3><0.4>}", "{<-1><2><3><4>}", "{<+1><2><3><4>}", "{<1><2><3><0004>}",
-    "{<0><0><101><1>}", "{<1><2><3><101>}", "{<5><2><3><4>}", "{<1><5><3><4>}",  # outside, inverted
-    "{<5><2><3><4>} {<1><2><3><4>}",  # the first box is the answer, even where it is invalid
-    "{<١><٢><٣><٤>}",  # digits, but not ASCII
-])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{}",
+        "{<1><2><3>}",
+        "{<1><2><3><4>",
+        "<1><2><3><4>}",
+        "{<1><2><3><4><5>}",
+        "{1 2 3 4}",
+        "{<1>,<2>,<3>,<4>}",
+        "[0.1, 0.2, 0.3, 0.4]",
+        "{<0.1><0.2><0.3><0.4>}",
+        "{<-1><2><3><4>}",
+        "{<+1><2><3><4>}",
+        "{<1><2><3><0004>}",
+        "{<0><0><101><1>}",
+        "{<1><2><3><101>}",
+        "{<5><2><3><4>}",
+        "{<1><5><3><4>}",  # outside, inverted
+        "{<5><2><3><4>} {<1><2><3><4>}",  # the first box is the answer, even where it is invalid
+        "{<١><٢><٣><٤>}",  # digits, but not ASCII
+    ],
+)
 def test_parse_minigpt_v2_rejects(text):
     assert parse_minigpt_v2(text) is None
 

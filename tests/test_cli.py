@@ -54,6 +54,7 @@ def test_the_doctor_finds_what_is_wrong(capsys, monkeypatch, tmp_path):
     said = capsys.readouterr().out
     assert code == ("WRONG" in said) and "ok    torch" in said and "ok    RefStamps" in said
     from analysis import models
+
     monkeypatch.setitem(models.MODELS, "tiny-gone", tmp_path)
     monkeypatch.setattr(cli, "version", lambda name: "0.1")
     assert cli.main(["doctor"]) == 1

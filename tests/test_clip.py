@@ -27,7 +27,10 @@ def test_long_text_is_cut_and_keeps_its_end_token(tiny):
 
 def test_keys_and_query_of_the_last_block(tiny):
     visual = tiny.encode(IMAGES)
-    block, hidden = tiny.tower.encoder.layers[-1], tiny.tower(tiny.pixels(IMAGES), output_hidden_states=True).hidden_states
+    block, hidden = (
+        tiny.tower.encoder.layers[-1],
+        tiny.tower(tiny.pixels(IMAGES), output_hidden_states=True).hidden_states,
+    )
     entered = block.layer_norm1(hidden[-2])
     assert torch.equal(visual.signals.keys, block.self_attn.k_proj(entered))
     torch.testing.assert_close(visual.signals.cls_query, block.self_attn.q_proj(entered)[:, 0])

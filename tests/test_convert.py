@@ -9,13 +9,19 @@ import torch
 from safetensors.torch import save_file
 
 from analysis import models
-from analysis.decode import prefill
+from analysis.engine.decode import prefill
 from analysis.models import convert
 from tests.conftest import noise, saved
 from tests.test_families import build
 
-EVA_NAMES = {"encoder.layers": "blocks", "layer_norm": "norm", "self_attn": "attn", "attn.projection": "attn.proj",
-             "embeddings.patch_embedding": "patch_embed.proj", "embeddings.class_embedding": "cls_token"}
+EVA_NAMES = {
+    "encoder.layers": "blocks",
+    "layer_norm": "norm",
+    "self_attn": "attn",
+    "attn.projection": "attn.proj",
+    "embeddings.patch_embedding": "patch_embed.proj",
+    "embeddings.class_embedding": "cls_token",
+}
 LORA = "llama_model.base_model.model.model.layers.{}.self_attn.{}_proj.lora_{}{}.weight"
 BUFFER = "model.layers.0.self_attn.rotary_emb.inv_freq"
 Gadget = type("Gadget", (), {"__reduce__": lambda self: (print, ("it ran",))})  # runs code when it is unpickled
@@ -46,14 +52,23 @@ def shikra(tmp_path, monkeypatch):
     for name in ("delta", "llama", "clip"):
         (tmp_path / name).mkdir()
     whole, delta, connector = taken_apart("shikra", tmp_path / "delta")
-    llama = {name: torch.randn_like(weight[: -7 if name.split(".")[-2] in ("embed_tokens", "lm_head") else None])
-             for name, weight in delta.items()}
+    llama = {
+        name: torch.randn_like(weight[: -7 if name.split(".")[-2] in ("embed_tokens", "lm_head") else None])
+        for name, weight in delta.items()
+    }
     for name, weight in llama.items():
         delta[name][: len(weight)] -= weight
     delta |= {f"model.mm_projector.{kind}": weight for kind, weight in connector.items()} | {BUFFER: torch.ones(6)}
     clip = {f"vision_model.{name}": weight for name, weight in whole.model.vision_tower.state_dict().items()}
-    clip |= {name: torch.ones(1) for name in (
-        "vision_model.embeddings.position_ids", "text_model.norm.bias", "logit_scale", "visual_projection.weight")}
+    clip |= {
+        name: torch.ones(1)
+        for name in (
+            "vision_model.embeddings.position_ids",
+            "text_model.norm.bias",
+            "logit_scale",
+            "visual_projection.weight",
+        )
+    }
     torch.save(delta, tmp_path / "delta" / "pytorch_model.bin")
     sharded(llama, tmp_path / "llama")
     save_file(clip, tmp_path / "clip" / "model.safetensors")
@@ -61,8 +76,12 @@ def shikra(tmp_path, monkeypatch):
     config = dict(model_type="clip", vision_config=whole.config.vision_config.to_dict())
     (tmp_path / "clip" / "config.json").write_text(json.dumps(config))
     return SimpleNamespace(
-        whole=whole, sources=dict(delta=delta, llama=llama, clip=clip), weights=convert.shikra_weights,
-        out=tmp_path / "out", command=["shikra", *(f"--{n}={tmp_path / n}" for n in ("delta", "llama", "clip", "out"))])
+        whole=whole,
+        sources=dict(delta=delta, llama=llama, clip=clip),
+        weights=convert.shikra_weights,
+        out=tmp_path / "out",
+        command=["shikra", *(f"--{n}={tmp_path / n}" for n in ("delta", "llama", "clip", "out"))],
+    )
 
 
 @pytest.fixture
@@ -96,9 +115,12 @@ def minigpt_v2(tmp_path, monkeypatch):
     torch.save({"model": checkpoint, "epoch": 3}, tmp_path / "checkpoint")
     torch.save(eva, tmp_path / "eva", _use_new_zipfile_serialization=False)
     return SimpleNamespace(
-        whole=whole, out=tmp_path / "out", sources=dict(checkpoint=checkpoint, eva=eva, llama=llama),
+        whole=whole,
+        out=tmp_path / "out",
+        sources=dict(checkpoint=checkpoint, eva=eva, llama=llama),
         weights=convert.minigpt_v2_weights,
-        command=["minigpt-v2", f"--llama={tmp_path}", *(f"--{n}={tmp_path / n}" for n in ("checkpoint", "eva", "out"))])
+        command=["minigpt-v2", f"--llama={tmp_path}", *(f"--{n}={tmp_path / n}" for n in ("checkpoint", "eva", "out"))],
+    )
 
 
 @torch.inference_mode()

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from analysis.cost import DECODERS, TEXT, decoder_flops, measure, peak_bytes, ratio
-from analysis.evaluate import cells
+from analysis.engine.cost import DECODERS, TEXT, decoder_flops, measure, peak_bytes, ratio
+from analysis.engine.evaluate import cells
 from analysis.rec.datasets import RecDataset, refstamps
 
 

@@ -7,8 +7,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from analysis import cascade
-from analysis.decode import begin, causal_mask, greedy, hidden_states, prefill, usual
+from analysis.engine import shared_prefix as cascade
+from analysis.engine.decode import begin, causal_mask, greedy, hidden_states, prefill, usual
 from analysis.positions import assign, layout
 
 VOCABULARY, WIDTH, NEW, NEVER = 50, 32, 12, -2
@@ -20,8 +20,16 @@ def llama(attention):
     torch.manual_seed(0)
     # Large random weights: with the default ones the tokens repeat, and hardly depend on position.
     config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, initializer_range=0.3, pad_token_id=0, eos_token_id=None, bos_token_id=None,
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.3,
+        pad_token_id=0,
+        eos_token_id=None,
+        bos_token_id=None,
         attn_implementation=attention,
     )
     return LlamaForCausalLM(config).eval()
@@ -62,8 +70,9 @@ def naive(embeds, ids, new=NEW, stop=NEVER):
 def decode(embeds, ids, padding="left", new=NEW, eos=NEVER, attention="sdpa", draft=()):
     model = llama(attention)
     embed = model.model.embed_tokens
-    return greedy(model.model, model.lm_head, embeds, ids, embed=embed, max_new_tokens=new, eos=eos, padding=padding,
-                  draft=draft)
+    return greedy(
+        model.model, model.lm_head, embeds, ids, embed=embed, max_new_tokens=new, eos=eos, padding=padding, draft=draft
+    )
 
 
 @cache
@@ -103,12 +112,22 @@ def test_sequences_that_share_their_beginning(scheme, padding, long, monkeypatch
         lambda module, args, inputs: sizes.append(len(inputs["inputs_embeds"])), with_kwargs=True
     )
     context = begin(model.model, embeds, ids, owner)
-    answers = greedy(model.model, model.lm_head, ends, end_ids, embed=embed, max_new_tokens=4, eos=NEVER,
-                     context=context, padding=padding)
+    answers = greedy(
+        model.model,
+        model.lm_head,
+        ends,
+        end_ids,
+        embed=embed,
+        max_new_tokens=4,
+        eos=NEVER,
+        context=context,
+        padding=padding,
+    )
     hook.remove()
     assert sizes == [3, 6, 6, 6, 6]
-    assert answers == [naive(torch.cat([embeds[i], e]), torch.cat([ids[i], j]), new=4)
-                       for i, e, j in zip(owner, ends, end_ids)]
+    assert answers == [
+        naive(torch.cat([embeds[i], e]), torch.cat([ids[i], j]), new=4) for i, e, j in zip(owner, ends, end_ids)
+    ]
     assert len({str(answer) for answer in answers}) == 6
 
 
@@ -124,12 +143,24 @@ def test_beginnings_that_share_their_own_beginning(scheme, padding, long, monkey
     word_ids = [torch.arange(len(w)) for w in words]
     ids = [4 + i for i in ids]
     end_ids = [ids[i][-1] + 1 + torch.arange(2) for i in owner]
-    full = [naive(torch.cat([words[whose[i]], embeds[i], e]), torch.cat([word_ids[whose[i]], ids[i], j]), new=6)
-            for i, e, j in zip(owner, ends, end_ids)]
+    full = [
+        naive(torch.cat([words[whose[i]], embeds[i], e]), torch.cat([word_ids[whose[i]], ids[i], j]), new=6)
+        for i, e, j in zip(owner, ends, end_ids)
+    ]
     for eos in (NEVER, full[1][2]):  # some leave the batch, and what they shared stays in order
         context = begin(model.model, embeds, ids, owner, context=begin(model.model, words, word_ids, whose))
-        answers = greedy(model.model, model.lm_head, ends, end_ids, embed=model.model.embed_tokens, max_new_tokens=6,
-                         eos=eos, context=context, padding=padding, draft=[*full[0][:2], -1, *full[0][3:]])
+        answers = greedy(
+            model.model,
+            model.lm_head,
+            ends,
+            end_ids,
+            embed=model.model.embed_tokens,
+            max_new_tokens=6,
+            eos=eos,
+            context=context,
+            padding=padding,
+            draft=[*full[0][:2], -1, *full[0][3:]],
+        )
         assert answers == [answer[: answer.index(eos)] if eos in answer else answer for answer in full]
     with pytest.raises(ValueError, match="shared beginnings need a decoder with attn_implementation 'cascade'"):
         hidden_states(llama("sdpa").model, ends, end_ids, context=context)
@@ -142,7 +173,8 @@ def test_a_draft_right_or_wrong_changes_no_answer_and_saves_forwards(scheme, pad
     embeds, ids = batch(scheme)
     full, sizes = expected(scheme), []
     hook = llama("sdpa").model.register_forward_pre_hook(
-        lambda module, args, inputs: sizes.append(inputs["inputs_embeds"].shape[1]), with_kwargs=True)
+        lambda module, args, inputs: sizes.append(inputs["inputs_embeds"].shape[1]), with_kwargs=True
+    )
     for right in full:
         wrong = [*right[:5], (right[5] + 1) % VOCABULARY, *right[6:]]
         opened = [*right[:3], -1, *right[4:9], -1, *right[10:]]

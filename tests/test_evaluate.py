@@ -12,9 +12,9 @@ import pandas as pd
 import pytest
 from PIL import Image, UnidentifiedImageError
 
-from analysis import evaluate as evaluation
 from analysis import models, results
-from analysis.evaluate import cells, evaluate, image_seed, needs_text
+from analysis.engine import evaluate as evaluation
+from analysis.engine.evaluate import cells, evaluate, image_seed, needs_text
 from analysis.pruning import PRUNERS, pruner
 from analysis.rec.scoring import score, score_words, summarise
 from analysis.types import Cell
@@ -34,11 +34,25 @@ class Noise:
     @property
     def rows(self):
         texts = ["the red cat", "cup", "dog left of the blue cat"]
-        return pd.DataFrame([
-            dict(image_id=i, ref_id=10 * i + j, sent_id=100 * i + j, expression=text, width=40, height=30 + i,
-                 x1=1.0, y1=2.0, x2=20.0, y2=25.0, pixels=1200)
-            for i in range(self.images) for j, text in enumerate(texts)
-        ])
+        return pd.DataFrame(
+            [
+                dict(
+                    image_id=i,
+                    ref_id=10 * i + j,
+                    sent_id=100 * i + j,
+                    expression=text,
+                    width=40,
+                    height=30 + i,
+                    x1=1.0,
+                    y1=2.0,
+                    x2=20.0,
+                    y2=25.0,
+                    pixels=1200,
+                )
+                for i in range(self.images)
+                for j, text in enumerate(texts)
+            ]
+        )
 
     def image(self, image_id):
         if image_id in self.broken:
@@ -74,11 +88,16 @@ def test_rows(whole, tiny):
 def test_the_cells_reach_the_model(whole):
     """Answers differ between IDs, orders, pruners and images; without pruning compact and original are the same."""
     raw = whole[0].set_index(["pruner", "keep", "order", "ids", "sent_id"])["raw"].unstack("sent_id")
-    assert (raw.loc["none"].xs("compact", level="ids") == raw.loc["none"].xs("original", level="ids")).loc[
-        pd.IndexSlice[:, "method"], :].all(axis=None)
-    for a, b in [(("random", 0.25, "method", "compact"), ("random", 0.25, "method", "original")),
-                 (("random", 0.5, "method", "compact"), ("random", 0.5, "shuffled", "compact")),
-                 (("random", 0.5, "method", "original"), ("cls_similarity", 0.5, "method", "original"))]:
+    assert (
+        (raw.loc["none"].xs("compact", level="ids") == raw.loc["none"].xs("original", level="ids"))
+        .loc[pd.IndexSlice[:, "method"], :]
+        .all(axis=None)
+    )
+    for a, b in [
+        (("random", 0.25, "method", "compact"), ("random", 0.25, "method", "original")),
+        (("random", 0.5, "method", "compact"), ("random", 0.5, "shuffled", "compact")),
+        (("random", 0.5, "method", "original"), ("cls_similarity", 0.5, "method", "original")),
+    ]:
         assert (raw.loc[a] != raw.loc[b]).any()
     assert raw.loc[("random", 0.5, "method", "original")].nunique() > 5
 
@@ -174,12 +193,19 @@ def test_cells():
     assert len(GRID) == (1 + 2 * 2) * 4
 
 
-@pytest.mark.parametrize(("wrong", "message"), [
-    (dict(pruner="randon"), "did you mean 'random'"), (dict(order="sorted"), "unknown order"),
-    (dict(ids="compressed"), "'compressed' needs"), (dict(pruner="random", keep=0), "keep ratio"),
-    (dict(pruner="random", keep="a quarter"), "keep ratio"), (dict(seeds=-1), "a seed must be"),
-    (dict(seeds=0.5), "a seed must be"), (dict(ids=[]), "ids is an empty list"),
-])
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (dict(pruner="randon"), "did you mean 'random'"),
+        (dict(order="sorted"), "unknown order"),
+        (dict(ids="compressed"), "'compressed' needs"),
+        (dict(pruner="random", keep=0), "keep ratio"),
+        (dict(pruner="random", keep="a quarter"), "keep ratio"),
+        (dict(seeds=-1), "a seed must be"),
+        (dict(seeds=0.5), "a seed must be"),
+        (dict(ids=[]), "ids is an empty list"),
+    ],
+)
 def test_bad_cells(wrong, message):
     with pytest.raises(ValueError, match=message):
         cells(**wrong)
@@ -201,9 +227,11 @@ def test_bad_runs_stop_before_any_work(tiny, tmp_path):
             return super().rows.assign(x2=41)
 
     for grid, data, options, message in [
-        ([], Untouched(), {}, "no cells"), (GRID, Untouched(images=0), {}, "no expressions"),
+        ([], Untouched(), {}, "no cells"),
+        (GRID, Untouched(images=0), {}, "no expressions"),
         ([Cell("spatial")], Untouched(), {}, "pruner 'spatial' cannot run on random-llava with keep None"),
-        (GRID, Twice(), {}, "repeats 15 expressions"), (GRID, Outside(), {}, "outside their image"),
+        (GRID, Twice(), {}, "repeats 15 expressions"),
+        (GRID, Outside(), {}, "outside their image"),
         (GRID, Untouched(), {"batch_size": 0}, "batch_size must be >= 1"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -225,7 +253,9 @@ def test_seeds_differ_between_images_and_cells():
     assert image_seed(0, 1) == 2942165697  # the same on every machine
 
 
-BY_TEXT = cells(["text_similarity", "trim", "prumerge"], [None, 0.5], ids="original")[1:]  # text similarity needs a keep
+BY_TEXT = cells(["text_similarity", "trim", "prumerge"], [None, 0.5], ids="original")[
+    1:
+]  # text similarity needs a keep
 
 
 def test_methods_that_read_the_expression_select_for_each(tiny, tmp_path):

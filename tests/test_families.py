@@ -12,12 +12,12 @@ from transformers import Blip2VisionConfig, Blip2VisionModel, LlamaForCausalLM
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from analysis import models
-from analysis.decode import greedy, prefill
-from analysis.evaluate import needs_text
+from analysis.engine.decode import greedy, prefill
+from analysis.engine.evaluate import needs_text
 from analysis.models.minigpt_v2 import MiniGPTv2Config, MiniGPTv2ForConditionalGeneration
 from analysis.models.shikra import ShikraConfig, ShikraForConditionalGeneration
+from analysis.models.stem import StemClip, clip_config, eva_from_clip, install_stem
 from analysis.pruning import PRUNERS, budget, pruner
-from analysis.testbed.tower import StemClip, clip_config, eva_from_clip, install_stem
 from tests import conftest
 from tests.conftest import noise, pieces
 
@@ -25,8 +25,8 @@ NEW, SIDE, STRIP = 12, 32, 4
 # the prompts to the letter, "|" for the visual tokens
 TEXTS = {
     "shikra": "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
-              "detailed, and polite answers to the user's questions. USER: Can you point out {} in the image "
-              "<im_start>|<im_end> and provide the coordinates of its location? ASSISTANT:",
+    "detailed, and polite answers to the user's questions. USER: Can you point out {} in the image "
+    "<im_start>|<im_end> and provide the coordinates of its location? ASSISTANT:",
     "minigpt_v2": "<s>[INST] <Img>|</Img> [refer] give me the location of {} [/INST]",
 }
 EXPRESSIONS = ["the red cat", "cup left of the blue dog"]
@@ -40,13 +40,30 @@ def build(family, stem, folder, side=SIDE):
     base, more = conftest.config(words), dict(stem=stem) if stem else {}
     torch.manual_seed(0)
     if family == "shikra":
-        return conftest.saved(ShikraForConditionalGeneration(ShikraConfig(
-            vision_config=base.vision_config.to_dict() | more, text_config=base.text_config,
-            image_token_index=words.convert_tokens_to_ids("<im_patch>"))), words, folder)
-    eva = Blip2VisionConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2,
-                            image_size=side, patch_size=4, initializer_range=0.4, **more)
-    whole = MiniGPTv2ForConditionalGeneration(MiniGPTv2Config(
-        vision_config=eva, text_config=base.text_config, image_token_index=base.image_token_index))
+        return conftest.saved(
+            ShikraForConditionalGeneration(
+                ShikraConfig(
+                    vision_config=base.vision_config.to_dict() | more,
+                    text_config=base.text_config,
+                    image_token_index=words.convert_tokens_to_ids("<im_patch>"),
+                )
+            ),
+            words,
+            folder,
+        )
+    eva = Blip2VisionConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=side,
+        patch_size=4,
+        initializer_range=0.4,
+        **more,
+    )
+    whole = MiniGPTv2ForConditionalGeneration(
+        MiniGPTv2Config(vision_config=eva, text_config=base.text_config, image_token_index=base.image_token_index)
+    )
     tower = whole.model.vision_tower
     for name, parameter in tower.named_parameters():
         if "norm" in name or name.endswith("qkv.bias"):
@@ -56,8 +73,11 @@ def build(family, stem, folder, side=SIDE):
     return conftest.saved(whole, words, folder)
 
 
-@pytest.fixture(scope="module", ids=["shikra", "shikra-stem", "minigpt_v2", "minigpt_v2-stem"], params=[
-    ("shikra", None), ("shikra", [4, 8, 8]), ("minigpt_v2", None), ("minigpt_v2", [4, 8])])
+@pytest.fixture(
+    scope="module",
+    ids=["shikra", "shikra-stem", "minigpt_v2", "minigpt_v2-stem"],
+    params=[("shikra", None), ("shikra", [4, 8, 8]), ("minigpt_v2", None), ("minigpt_v2", [4, 8])],
+)
 def case(request, tmp_path_factory):
     """family; whole: as built; model: as loaded."""
     (family, stem), folder = request.param, tmp_path_factory.mktemp("family")
@@ -76,8 +96,9 @@ def features(case, pixels):
     else:
         norm = tower.post_layernorm
         patches = layer_norm(hidden[-1], norm.weight.shape, norm.weight, norm.bias, eps=1e-5)[:, 1:]
-        patches = torch.stack([torch.cat(list(image[i : i + STRIP])) for image in patches
-                               for i in range(0, len(image), STRIP)]).unflatten(0, (len(pixels), -1))
+        patches = torch.stack(
+            [torch.cat(list(image[i : i + STRIP])) for image in patches for i in range(0, len(image), STRIP)]
+        ).unflatten(0, (len(pixels), -1))
     return linear(patches, connector.weight, connector.bias)
 
 
@@ -118,8 +139,12 @@ def test_prompt(case):
 
 def test_unpruned_equals_the_plain_forward(case):
     whole, model = case.whole, case.model
-    for ours, theirs in ((model.tower, whole.model.vision_tower), (model.connector, whole.model.multi_modal_projector),
-                         (model.decoder, whole.model.language_model), (model.head, whole.lm_head)):
+    for ours, theirs in (
+        (model.tower, whole.model.vision_tower),
+        (model.connector, whole.model.multi_modal_projector),
+        (model.decoder, whole.model.language_model),
+        (model.head, whole.lm_head),
+    ):
         ours, theirs = ours.state_dict(), theirs.state_dict()
         assert ours.keys() == theirs.keys() and all(ours[name].equal(theirs[name]) for name in ours)
     visual, expected = model.encode(IMAGES), features(case, model.pixels(IMAGES))
@@ -136,8 +161,9 @@ def test_unpruned_equals_the_plain_forward(case):
     answers = greedy(model.decoder, model.head, embeds, ids, embed=model.embed, max_new_tokens=NEW, eos=model.eos)
     for i, expression in enumerate(EXPRESSIONS):
         before, after = (whole.get_input_embeddings()(torch.tensor(side)) for side in prompt(case, expression))
-        given = dict(inputs_embeds=torch.cat([before, expected[i], after])[None],
-                     attention_mask=torch.ones(1, len(embeds[i])))
+        given = dict(
+            inputs_embeds=torch.cat([before, expected[i], after])[None], attention_mask=torch.ones(1, len(embeds[i]))
+        )
         with torch.inference_mode():
             torch.testing.assert_close(logits[i], llama(**given).logits[0, -1], atol=1e-4, rtol=0)
         said = llama.generate(**given, max_new_tokens=NEW, do_sample=False)[0].tolist()
@@ -155,8 +181,9 @@ def test_signals_of_strips(case):
         mixed = linear(block.layer_norm1(hidden[-2]), block.self_attn.qkv.weight, block.self_attn.qkv.bias)
         read = tower.post_layernorm(hidden[-1])
     queries, keys, _ = mixed.split(16, dim=-1)
-    heads = [(keys[..., h] @ queries[:, 0, h, None] / 8**0.5).softmax(dim=1)[:, 1:, 0]
-             for h in (slice(8), slice(8, 16))]
+    heads = [
+        (keys[..., h] @ queries[:, 0, h, None] / 8**0.5).softmax(dim=1)[:, 1:, 0] for h in (slice(8), slice(8, 16))
+    ]
     attention = (heads[0] + heads[1]).view(2, 16, STRIP).mean(dim=2) / 2
     signals = visual.signals
     torch.testing.assert_close(signals.cls_attention, attention)
@@ -194,9 +221,19 @@ def test_eva_from_clip_computes_the_same():
         if "norm" in name or "bias" in name or "class" in name or "running" in name:
             value.copy_(torch.rand(value.shape) + (0.5 if name.endswith(("weight", "var")) else -0.5))
     vision = clip.config
-    eva = Blip2VisionModel(Blip2VisionConfig(
-        hidden_size=32, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4, image_size=192, patch_size=16,
-        hidden_act=vision.hidden_act, layer_norm_eps=vision.layer_norm_eps, stem=vision.stem))
+    eva = Blip2VisionModel(
+        Blip2VisionConfig(
+            hidden_size=32,
+            intermediate_size=96,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            image_size=192,
+            patch_size=16,
+            hidden_act=vision.hidden_act,
+            layer_norm_eps=vision.layer_norm_eps,
+            stem=vision.stem,
+        )
+    )
     install_stem(eva.embeddings, eva.config)
     eva_from_clip(eva.eval(), clip)
     pixels = torch.randn(2, 3, 192, 192)

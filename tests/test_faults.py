@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 import torch
 
-from analysis import evaluate as evaluation
 from analysis import results
+from analysis.engine import evaluate as evaluation
 from tests.test_evaluate import GRID, Noise, run
 
 ROOT = Path(__file__).parents[1]
@@ -73,7 +73,9 @@ def test_logits_that_are_no_numbers_are_marked_and_counted(whole, tiny, tmp_path
 
 def test_too_many_failures_stop_the_run_and_keep_the_rows(tiny, tmp_path):
     out = tmp_path / "rows.parquet"
-    with pytest.raises(RuntimeError, match="6 of 15 rows have failed, more than the share max_failed=0.3; one reason: Un"):
+    with pytest.raises(
+        RuntimeError, match="6 of 15 rows have failed, more than the share max_failed=0.3; one reason: Un"
+    ):
         run(tiny, out, GRID[:1], Noise(broken=(0, 3)), max_failed=0.3)
     kept = len(list(results.parts_folder(out).glob("*.parquet")))
     assert kept == 2 and not out.exists()
@@ -89,8 +91,14 @@ run(models.load(sys.argv[1], device="cpu"), sys.argv[2], GRID[:6])
 
 
 def child(folder, out, **more):
-    return subprocess.Popen([sys.executable, "-c", SCRIPT, folder, out], cwd=ROOT, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, **more)
+    return subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, folder, out],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        **more,
+    )
 
 
 def test_a_full_disk_loses_nothing(whole, tiny, tiny_folder, tmp_path):

@@ -100,8 +100,9 @@ def broken(data, folder):
         data.decode("ascii") + "\xff".encode().decode("ascii")
 
 
-@pytest.mark.parametrize("data, outcome", [
-    (b"a", "accepted"), (b"v3", "refused"), (b"v", "finding"), (b"k", "finding"), (b"u", "finding")])
+@pytest.mark.parametrize(
+    "data, outcome", [(b"a", "accepted"), (b"v3", "refused"), (b"v", "finding"), (b"k", "finding"), (b"u", "finding")]
+)
 def test_other_exceptions_and_messages_without_a_place_are_findings(data, outcome, tmp_path):
     assert fuzz.attempt(Target("bytes", list, broken, r"line \d"), data, tmp_path).outcome == outcome
 
@@ -166,11 +167,21 @@ def unsafe(source):
             continue
         name, options = called(node), {word.arg: ast.unparse(word.value) for word in node.keywords}
         bad = {
-            "torch.load": options.get("weights_only") != "True", "eval": True, "exec": True, "yaml.load": True,
-            "yaml.unsafe_load": True, "pickle.load": True, "pickle.loads": True, "pickle.Unpickler": True,
-            "pd.read_pickle": True, "joblib.load": True, "np.load": options.get("allow_pickle") == "True",
-            **dict.fromkeys(("AutoConfig.from_pretrained", "AutoTokenizer.from_pretrained"),
-                            options.get("trust_remote_code") != "False"),
+            "torch.load": options.get("weights_only") != "True",
+            "eval": True,
+            "exec": True,
+            "yaml.load": True,
+            "yaml.unsafe_load": True,
+            "pickle.load": True,
+            "pickle.loads": True,
+            "pickle.Unpickler": True,
+            "pd.read_pickle": True,
+            "joblib.load": True,
+            "np.load": options.get("allow_pickle") == "True",
+            **dict.fromkeys(
+                ("AutoConfig.from_pretrained", "AutoTokenizer.from_pretrained"),
+                options.get("trust_remote_code") != "False",
+            ),
             "build.from_pretrained": options.get("use_safetensors") != "True",
         }
         if bad.get(name) or options.get("trust_remote_code", "False") != "False":
@@ -193,9 +204,19 @@ def test_nothing_unpickles_or_runs_what_is_in_a_file():
 
 
 def test_the_scan_sees_what_it_looks_for():
-    for call in ("torch.load(f)", "torch.load(f, weights_only=False)", "pickle.load(f)", "pickle.loads(b)", "eval('1')",
-                 "from pickle import loads", "yaml.load(f)", "np.load(f, allow_pickle=True)", "pd.read_pickle(f)",
-                 "AutoConfig.from_pretrained(f)", "AutoTokenizer.from_pretrained(f, trust_remote_code=True)",
-                 "build.from_pretrained(f)"):
+    for call in (
+        "torch.load(f)",
+        "torch.load(f, weights_only=False)",
+        "pickle.load(f)",
+        "pickle.loads(b)",
+        "eval('1')",
+        "from pickle import loads",
+        "yaml.load(f)",
+        "np.load(f, allow_pickle=True)",
+        "pd.read_pickle(f)",
+        "AutoConfig.from_pretrained(f)",
+        "AutoTokenizer.from_pretrained(f, trust_remote_code=True)",
+        "build.from_pretrained(f)",
+    ):
         assert unsafe(call), call
     assert not unsafe("torch.load(f, weights_only=True); yaml.safe_load(f); np.load(f); json.load(f)")

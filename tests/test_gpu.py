@@ -9,12 +9,15 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from analysis import models
-from analysis.evaluate import cells, evaluate
+from analysis.engine.evaluate import cells, evaluate
 from analysis.rec import datasets
 from analysis.rec.scoring import score
 from analysis.stats import paired_difference
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: torch sees no CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: torch sees no CUDA device"),
+]
 GRID = [*cells("none"), *cells(["random", "text_similarity"], 0.5, ids=["compact", "original"])]
 
 

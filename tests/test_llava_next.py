@@ -14,8 +14,8 @@ from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration, Lla
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from analysis import models
-from analysis.decode import greedy, prefill
-from analysis.evaluate import Pace, _encode
+from analysis.engine.decode import greedy, prefill
+from analysis.engine.evaluate import Pace, _encode
 from analysis.positions import assign, layout, reorder
 from analysis.pruning import budget, pruner, select
 from tests import conftest
@@ -36,11 +36,17 @@ def folders(tmp_path_factory):
     for text in (whole.text_config, mistral):
         folder = tmp_path_factory.mktemp(text.model_type)
         torch.manual_seed(0)
-        config = LlavaNextConfig(vision_config=whole.vision_config, text_config=text, image_grid_pinpoints=PINPOINTS,
-                                 image_token_index=whole.image_token_index)
+        config = LlavaNextConfig(
+            vision_config=whole.vision_config,
+            text_config=text,
+            image_grid_pinpoints=PINPOINTS,
+            image_token_index=whole.image_token_index,
+        )
         made[text.model_type] = folder, conftest.saved(LlavaNextForConditionalGeneration(config), words, folder)
         LlavaNextImageProcessorPil(
-            size=dict(shortest_edge=SIDE), crop_size=dict(height=SIDE, width=SIDE), image_grid_pinpoints=PINPOINTS,
+            size=dict(shortest_edge=SIDE),
+            crop_size=dict(height=SIDE, width=SIDE),
+            image_grid_pinpoints=PINPOINTS,
         ).save_pretrained(folder)
     return made
 
@@ -57,6 +63,7 @@ def encoded(model):
 
 def best(width, height):
     """Height and width of the pinpoint that keeps most of an image and wastes least."""
+
     def suits(pinpoint):
         h, w = pinpoint
         scale = min(w / width, h / height)
@@ -111,13 +118,18 @@ def test_unpruned_equals_transformers(folders, decoder):
         prefix, suffix = ours.prompt("the red cat")
         count = torch.full((len(embeds[i]) - len(prefix) - len(suffix),), ours.image_token)
         prompt = torch.cat([prefix, count, suffix])[None]
-        given = dict(input_ids=prompt, pixel_values=pixels(image)[None], attention_mask=torch.ones_like(prompt),
-                     image_sizes=torch.tensor([image.size[::-1]]))
+        given = dict(
+            input_ids=prompt,
+            pixel_values=pixels(image)[None],
+            attention_mask=torch.ones_like(prompt),
+            image_sizes=torch.tensor([image.size[::-1]]),
+        )
         with torch.inference_mode():
             expected = theirs(**given).logits[0, -1]
         torch.testing.assert_close(logits[i], expected, atol=1e-4, rtol=0)
-        torch.testing.assert_close(prefill(ours.decoder, ours.head, embeds[i:][:1], ids[i:][:1])[0][0], expected,
-                                   atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            prefill(ours.decoder, ours.head, embeds[i:][:1], ids[i:][:1])[0][0], expected, atol=1e-4, rtol=0
+        )
         said = theirs.generate(**given, max_new_tokens=NEW, do_sample=False)[0, prompt.shape[1] :].tolist()
         assert answers[i] == list(takewhile(lambda token: token != ours.eos, said))
     assert len({tuple(answer) for answer in answers}) > len(answers) / 2
@@ -172,13 +184,15 @@ def test_signals_of_the_mosaic_are_its_tiles_own(model, size):
 @pytest.mark.parametrize("size", SIZES)
 def test_identity_law(model, size):
     ways = ("none", None, "original"), ("random", 1, "original", "raster"), ("random", 0.5, "original", "raster")
-    full, kept, fewer = (prefill(model.decoder, model.head, *zip(sequence(model, noise(*size), "cup", *way)))[0]
-                         for way in ways)
+    full, kept, fewer = (
+        prefill(model.decoder, model.head, *zip(sequence(model, noise(*size), "cup", *way)))[0] for way in ways
+    )
     assert torch.equal(full, kept) and not torch.allclose(full, fewer)
 
 
-@pytest.mark.parametrize("name", [
-    "random", "spatial", "cls_similarity", "fastervlm", "divprune", "prumerge", "visionzip"])
+@pytest.mark.parametrize(
+    "name", ["random", "spatial", "cls_similarity", "fastervlm", "divprune", "prumerge", "visionzip"]
+)
 @given(st.sampled_from(SIZES), st.floats(0.01, 1), st.integers(0, 2**32))
 @settings(max_examples=25)
 def test_newlines_stay_with_their_rows(model, encoded, name, size, keep, seed):
@@ -197,6 +211,6 @@ def test_newlines_stay_with_their_rows(model, encoded, name, size, keep, seed):
         assert tiles[i - 1][0] == row and tiles[i - 1][1] < columns and row not in [r for r, _ in tiles[i + 1 :]]
         assert one.features[k + i].equal(model.newline) and not one.synthetic[k + i]
     own = one.origin[~one.synthetic]
-    assert len(own.unique()) == len(own) and 0 <= one.origin.min() and one.origin.max() < visual.length
+    assert len(own.unique()) == len(own) and one.origin.min() >= 0 and one.origin.max() < visual.length
     if name != "prumerge":  # which merges others into the tokens it keeps
         assert one.features[~one.synthetic].equal(full.features[own])

@@ -11,13 +11,13 @@ from PIL import Image
 from transformers import LlavaForConditionalGeneration
 
 from analysis import models
-from analysis.decode import greedy, prefill
+from analysis.engine.decode import greedy, prefill
 from analysis.models.base import pad_to_square
 from analysis.models.llava import Llava
+from analysis.models.stem import install_stem
 from analysis.positions import assign, layout
 from analysis.pruning import PRUNERS
 from analysis.rec.boxes import FRAMES
-from analysis.testbed.tower import install_stem
 from tests import conftest
 
 NEW = 12
@@ -60,8 +60,10 @@ def test_unpruned_equals_transformers(tiny, tiny_folder):
 
 
 def test_identity_law(tiny):
-    full, kept = (prefill(tiny.decoder, tiny.head, *sequences(tiny, *how))[0]
-                  for how in [("none", None, "compact"), ("random", 1, "original")])
+    full, kept = (
+        prefill(tiny.decoder, tiny.head, *sequences(tiny, *how))[0]
+        for how in [("none", None, "compact"), ("random", 1, "original")]
+    )
     assert torch.equal(full, kept)
     fewer = prefill(tiny.decoder, tiny.head, *sequences(tiny, "random", 0.5, "original"))[0]
     assert not torch.allclose(full, fewer)
@@ -124,7 +126,7 @@ def test_prompt_is_split_at_the_image(tiny):
 
 def test_missing_models_name_the_way_out(tmp_path, monkeypatch):
     monkeypatch.setitem(models.MODELS, "tiny-gone", tmp_path / "gone")
-    with pytest.raises(FileNotFoundError, match="git checkout -- analysis/testbed/checkpoints/tiny-gone"):
+    with pytest.raises(FileNotFoundError, match="git checkout -- analysis/checkpoints/tiny-gone"):
         models.load("tiny-gone")
     with pytest.raises(ValueError, match="did you mean 'tiny-llava'"):
         models.load("tiny-lava")
@@ -139,9 +141,13 @@ def test_what_cannot_be_loaded_says_why(tiny_folder, monkeypatch):
         models.load(tiny_folder, revision="main")
     with pytest.raises(ValueError, match="unknown dtype 'float61'; did you mean 'float16'"):
         models.load(tiny_folder, dtype="float61")
-    with pytest.raises(FileNotFoundError, match=r"\(14.1 GB\) with: hf download llava-hf/llava-1.5-7b-hf --revision abc"):
+    with pytest.raises(
+        FileNotFoundError, match=r"\(14.1 GB\) with: hf download llava-hf/llava-1.5-7b-hf --revision abc"
+    ):
         models.load("llava-hf/llava-1.5-7b-hf", revision="abc")
-    with pytest.raises(FileNotFoundError, match="Shikra-7B has to be converted: python -m analysis.models.convert shikra"):
+    with pytest.raises(
+        FileNotFoundError, match="Shikra-7B has to be converted: python -m analysis.models.convert shikra"
+    ):
         models.load("Shikra-7B")
     assert models.load(tiny_folder, dtype="bfloat16", device="cpu").dtype == torch.bfloat16
     monkeypatch.setattr(models.psutil, "virtual_memory", lambda: SimpleNamespace(available=10_000))

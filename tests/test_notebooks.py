@@ -37,8 +37,11 @@ def produced(model, tmp_path_factory):
         if name not in made:
             given = yaml.safe_load((ROOT / f"papermill_runs/10_rec_eval/{key}.yaml").read_text())
             made[name] = folder / f"{name}.parquet"
-            run(ROOT / PRODUCER, folder / f"{name}.ipynb",
-                given | more | {"model": model, "out": str(made[name]), "smoke": True})
+            run(
+                ROOT / PRODUCER,
+                folder / f"{name}.ipynb",
+                given | more | {"model": model, "out": str(made[name]), "smoke": True},
+            )
             assert read_rows(made[name])["image_id"].nunique() == 2
         return str(made[name])
 
@@ -59,10 +62,17 @@ def draw(notebook, kinds, parameters, folder):
 FIGURE, TABLE = ("pdf", "png"), ("tex", "html", "csv")
 
 
-@pytest.mark.parametrize("notebook, key, kinds", [
-    ("fig1_collapse", "fig1", FIGURE), ("fig2_misalignment", "fig2", FIGURE), ("fig3_keep_ratio", "fig3", FIGURE),
-    ("fig4_order_and_value", "fig4", FIGURE), ("tabB_order_ids", "tabB", TABLE), ("tabA_frames", "fig1", TABLE),
-])
+@pytest.mark.parametrize(
+    "notebook, key, kinds",
+    [
+        ("fig1_collapse", "fig1", FIGURE),
+        ("fig2_misalignment", "fig2", FIGURE),
+        ("fig3_keep_ratio", "fig3", FIGURE),
+        ("fig4_order_and_value", "fig4", FIGURE),
+        ("tabB_order_ids", "tabB", TABLE),
+        ("tabA_frames", "fig1", TABLE),
+    ],
+)
 def test_a_notebook_from_its_parameters_to_its_files(notebook, key, kinds, produced, tmp_path):
     draw(notebook, kinds, {"rows": produced(key)}, tmp_path)
 
@@ -90,8 +100,16 @@ def test_real_checkpoints(tiny_folder, tmp_path):
             for expression in ("left cat", "dog"):
                 line = dict(img_path=name, expression=expression, bbox=[4, 5, 30, 40], width=size[0], height=size[1])
                 lines.write(json.dumps(line | dict(dataset_name="refcoco")) + "\n")
-    given = dict(model=str(tiny_folder), device="cpu", dtype="float32", splits=["val"], annotations=str(tmp_path),
-                 images=str(tmp_path), keep=[0.5], smoke=True)
+    given = dict(
+        model=str(tiny_folder),
+        device="cpu",
+        dtype="float32",
+        splits=["val"],
+        annotations=str(tmp_path),
+        images=str(tmp_path),
+        keep=[0.5],
+        smoke=True,
+    )
     run(ROOT / "notebooks/12_real_checkpoints.ipynb", tmp_path / "made.ipynb", given)
     rows = read_rows(ROOT / f"papermill_runs/smoke/{tiny_folder.name}_refcoco_val.parquet")
     assert rows["image_id"].nunique() == 2 and (rows["error"] == "").all()
@@ -106,7 +124,11 @@ def test_cost(model, tmp_path):
 
 def test_attention(model, produced, tmp_path):
     rows = tmp_path / "rows"
-    run(ROOT / "notebooks/13_attention_rows.ipynb", tmp_path / "made.ipynb", {"model": model, "out": str(rows), "smoke": True})
+    run(
+        ROOT / "notebooks/13_attention_rows.ipynb",
+        tmp_path / "made.ipynb",
+        {"model": model, "out": str(rows), "smoke": True},
+    )
     given = {kind: [f"{rows}_{kind}.parquet"] for kind in ("attention", "soft")}
     draw("fig9_inconsistency_of_pruning", FIGURE, given | {"hard": [produced("fig3")]}, tmp_path)
 
@@ -119,7 +141,9 @@ def test_a_figure_that_needs_no_rows(figure, tmp_path):
 def test_bare_papermill_fails_on_a_misspelt_parameter(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "papermill", PRODUCER, tmp_path / "out.ipynb", "-k", "python3", "-p", "pruners", "trim"],
-        cwd=ROOT, capture_output=True, text=True,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode != 0
     assert "unknown parameter 'pruners'; did you mean 'pruner'?" in done.stderr

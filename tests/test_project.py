@@ -16,8 +16,10 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 def test_pip_and_conda_install_the_same():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     pip = {*project["dependencies"], f"python{project['requires-python']}"}
-    conda = {line.replace("pytorch", "torch") for line in
-             yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]}
+    conda = {
+        line.replace("pytorch", "torch")
+        for line in yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    }
     assert conda - {"pip"} == pip
 
 

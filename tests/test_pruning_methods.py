@@ -162,13 +162,29 @@ def visionzip(image, k):
 
 
 REFERENCES = {
-    "text_similarity": text_similarity, "prumerge": prumerge, "trim": trim, "fastervlm": fastervlm,
-    "divprune": divprune, "visionzip": visionzip,
+    "text_similarity": text_similarity,
+    "prumerge": prumerge,
+    "trim": trim,
+    "fastervlm": fastervlm,
+    "divprune": divprune,
+    "visionzip": visionzip,
 }
 SPECS = [
-    "text_similarity", "text_similarity:about=prompt", "prumerge", "prumerge:anchor=last", "prumerge:anchor=drop",
-    "prumerge+", "prumerge+:anchor=last", "prumerge+:anchor=drop", "trim", "trim:about=expression,anchor=last",
-    "trim:anchor=drop", "trim:lowest=false", "fastervlm", "divprune", "visionzip",
+    "text_similarity",
+    "text_similarity:about=prompt",
+    "prumerge",
+    "prumerge:anchor=last",
+    "prumerge:anchor=drop",
+    "prumerge+",
+    "prumerge+:anchor=last",
+    "prumerge+:anchor=drop",
+    "trim",
+    "trim:about=expression,anchor=last",
+    "trim:anchor=drop",
+    "trim:lowest=false",
+    "fastervlm",
+    "divprune",
+    "visionzip",
 ]
 ADAPTIVE = [spec for spec in SPECS if spec.startswith(("prumerge", "trim"))]
 
@@ -185,14 +201,24 @@ def flat(batch=3, rows=8, columns=6):
     """Signals under which every score ties, exactly in any arithmetic."""
     n, unit = rows * columns, 2 * torch.eye(7)[0]
     return visual(
-        batch, rows, columns, features=unit[:5].expand(batch, n, 5), cls_attention=torch.full((batch, n), 0.5),
-        keys=unit.expand(batch, 1 + n, 7), cls_query=torch.zeros(batch, 7), clip_patches=unit[:6].expand(batch, n, 6),
+        batch,
+        rows,
+        columns,
+        features=unit[:5].expand(batch, n, 5),
+        cls_attention=torch.full((batch, n), 0.5),
+        keys=unit.expand(batch, 1 + n, 7),
+        cls_query=torch.zeros(batch, 7),
+        clip_patches=unit[:6].expand(batch, n, 6),
     )
 
 
 INPUTS = {
-    "random": visual(3, 6, 4), "larger": visual(2, 8, 6, seed=1), "peaked": visual(3, 8, 6, seed=2),
-    "flat": flat(), "one": visual(2, 1, 1), "two": visual(2, 1, 2),
+    "random": visual(3, 6, 4),
+    "larger": visual(2, 8, 6, seed=1),
+    "peaked": visual(3, 8, 6, seed=2),
+    "flat": flat(),
+    "one": visual(2, 1, 1),
+    "two": visual(2, 1, 2),
 }
 INPUTS["peaked"] = visual(3, 8, 6, seed=2, cls_query=4 * INPUTS["peaked"].signals.cls_query)
 
@@ -231,7 +257,10 @@ def test_the_inputs_reach_both_sides_of_the_fence():
 
 @few
 @given(
-    st.sampled_from(SPECS), st.integers(1, 7), st.integers(1, 7), st.floats(0.001, 1) | st.just(1),
+    st.sampled_from(SPECS),
+    st.integers(1, 7),
+    st.integers(1, 7),
+    st.floats(0.001, 1) | st.just(1),
     st.integers(0, 99),
 )
 def test_a_fixed_keep_is_met_exactly_with_distinct_tokens(spec, rows, columns, keep, seed):
@@ -247,7 +276,7 @@ def test_a_fixed_keep_is_met_exactly_with_distinct_tokens(spec, rows, columns, k
 def well_formed(one, n):
     own = one.origin[~one.synthetic]
     assert len(own.unique()) == len(own) > 0
-    assert 0 <= one.origin.min() and one.origin.max() < n
+    assert one.origin.min() >= 0 and one.origin.max() < n
     assert one.synthetic.equal(one.synthetic.sort(stable=True).values)  # synthetic tokens come last
 
 
@@ -269,7 +298,8 @@ def same(a, b):
 @few
 @given(
     st.sampled_from([(spec, k) for spec in SPECS for k in (0.1, 0.5, 1)] + [(spec, None) for spec in ADAPTIVE]),
-    st.permutations(range(3)), st.integers(0, 99),
+    st.permutations(range(3)),
+    st.integers(0, 99),
 )
 def test_images_do_not_depend_on_their_batch(case, order, seed):
     (spec, keep), tokens = case, visual(3, 7, 6, seed)
@@ -363,16 +393,19 @@ def test_bad_keep_ratio(spec, keep):
         pruner(spec)(visual(), keep)
 
 
-@pytest.mark.parametrize(("spec", "message"), [
-    ("trim:anchor=lst", r"option anchor 'lst'; did you mean 'last'\? valid: centroid, last, drop"),
-    ("prumerge:anchor=1", "option anchor 1; valid: centroid, last, drop"),
-    ("trim:about=promt", r"option about 'promt'; did you mean 'prompt'\? valid: expression, prompt"),
-    ("text_similarity:about=all", "option about 'all'; valid: expression, prompt"),
-    ("prumerge:plus=maybe", "option plus 'maybe'; valid: true, false"),
-    ("trim:anchr=last", "option of pruner 'trim' 'anchr'; did you mean 'anchor'.* valid: about, anchor"),
-    ("prumerge+:about=prompt", "option of pruner 'prumerge[+]' 'about'; .*valid: plus, anchor"),
-    ("divprune:anchor=last", "'divprune' takes no options"),
-])
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("trim:anchor=lst", r"option anchor 'lst'; did you mean 'last'\? valid: centroid, last, drop"),
+        ("prumerge:anchor=1", "option anchor 1; valid: centroid, last, drop"),
+        ("trim:about=promt", r"option about 'promt'; did you mean 'prompt'\? valid: expression, prompt"),
+        ("text_similarity:about=all", "option about 'all'; valid: expression, prompt"),
+        ("prumerge:plus=maybe", "option plus 'maybe'; valid: true, false"),
+        ("trim:anchr=last", "option of pruner 'trim' 'anchr'; did you mean 'anchor'.* valid: about, anchor"),
+        ("prumerge+:about=prompt", "option of pruner 'prumerge[+]' 'about'; .*valid: plus, anchor"),
+        ("divprune:anchor=last", "'divprune' takes no options"),
+    ],
+)
 def test_unknown_options_and_values(spec, message):
     with pytest.raises(ValueError, match=message):
         pruner(spec)(visual(), 1)

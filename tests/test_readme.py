@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from analysis import ROOT
-from analysis.evaluate import cells, evaluate
+from analysis.engine.evaluate import cells, evaluate
 from analysis.pruning import PRUNERS, pruner
 from analysis.rec import datasets
 from analysis.rec.datasets import RecDataset
@@ -42,11 +42,15 @@ def test_the_example_pruner_runs_through_the_grid(feature_norm, tiny, tmp_path):
     assert rows.groupby("pruner")["raw"].apply(tuple).nunique() == 2
 
 
-@pytest.mark.parametrize("spec, message", [
-    ("randon", "unknown pruner 'randon'; did you mean 'random'"), ("random:k=3", "takes no options"),
-    ("trim:anker=last", "unknown option of pruner 'trim' 'anker'; valid: about, anchor, lowest"),
-    ("trim:last", "an option is written option=value, got 'last'"),
-])
+@pytest.mark.parametrize(
+    "spec, message",
+    [
+        ("randon", "unknown pruner 'randon'; did you mean 'random'"),
+        ("random:k=3", "takes no options"),
+        ("trim:anker=last", "unknown option of pruner 'trim' 'anker'; valid: about, anchor, lowest"),
+        ("trim:last", "an option is written option=value, got 'last'"),
+    ],
+)
 def test_a_wrong_specification_says_what_is_right(spec, message):
     with pytest.raises(ValueError, match=message):
         pruner(spec)

@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from analysis.evaluate import EXPRESSION
+from analysis.engine.evaluate import EXPRESSION
 from analysis.rec import datasets
 from analysis.rec.refcoco import COLUMNS, COUNTS, FORMS, SIZE, TRUTH, check_counts, coco_name, read, unc_val
 from analysis.rec.scoring import perfect_answers, score, summarise
@@ -39,10 +39,22 @@ def corners(box):
     return [box[0], box[1], round(box[0] + box[2], 2), round(box[1] + box[3], 2)]
 
 
-EXPECTED = pd.DataFrame([
-    dict(image_id=Path(image).stem, object=ref, sent_id=i, expression=text, width=SIZES[image][0],
-         height=SIZES[image][1], **dict(zip(TRUTH, corners(box))), file_name=image)
-    for ref, image, box, said in OBJECTS for i, text in enumerate(said)])
+EXPECTED = pd.DataFrame(
+    [
+        dict(
+            image_id=Path(image).stem,
+            object=ref,
+            sent_id=i,
+            expression=text,
+            width=SIZES[image][0],
+            height=SIZES[image][1],
+            **dict(zip(TRUTH, corners(box))),
+            file_name=image,
+        )
+        for ref, image, box, said in OBJECTS
+        for i, text in enumerate(said)
+    ]
+)
 
 
 def jpeg(name):
@@ -78,16 +90,26 @@ def python2(value, protocol):
 def instances(folder):
     content = {
         "images": [{"id": i, "file_name": n, "width": w, "height": h} for i, (n, (w, h)) in enumerate(SIZES.items())],
-        "annotations": [{"id": 100 + ref, "bbox": box, "segmentation": []} for ref, _, box, _ in OBJECTS]}
+        "annotations": [{"id": 100 + ref, "bbox": box, "segmentation": []} for ref, _, box, _ in OBJECTS],
+    }
     (folder / "instances.json").write_text(json.dumps(content))
     return folder / "instances.json"
 
 
 def refs(split="val"):
-    return [{"ref_id": ref, "ann_id": 100 + ref, "image_id": list(SIZES).index(image), "split": split,
-             "file_name": image.replace(".jpg", f"_{ref}.jpg"), "category_id": 1, "sent_ids": [1],
-             "sentences": [{"sent": text, "raw": text.upper(), "tokens": text.split()} for text in said]}
-            for ref, image, _, said in OBJECTS]
+    return [
+        {
+            "ref_id": ref,
+            "ann_id": 100 + ref,
+            "image_id": list(SIZES).index(image),
+            "split": split,
+            "file_name": image.replace(".jpg", f"_{ref}.jpg"),
+            "category_id": 1,
+            "sent_ids": [1],
+            "sentences": [{"sent": text, "raw": text.upper(), "tokens": text.split()} for text in said],
+        }
+        for ref, image, _, said in OBJECTS
+    ]
 
 
 def refer(folder, protocol=2):
@@ -99,29 +121,46 @@ def refer(folder, protocol=2):
 
 
 def lmms(folder, name="val-00000-of-00001.parquet", objects=OBJECTS, images=True):
-    table = pa.table({
-        "question_id": [str(100 + o[0]) for o in objects], "question": ["Describe it."] * len(objects),
-        "answer": [o[3] for o in objects], "bbox": pa.array([o[2] for o in objects], pa.list_(pa.float32())),
-        "file_name": [o[1].replace(".jpg", f"_{o[0]}.jpg") for o in objects],
-        "image": [{"bytes": jpeg(o[1]) if images else None, "path": o[1]} for o in objects]})
+    table = pa.table(
+        {
+            "question_id": [str(100 + o[0]) for o in objects],
+            "question": ["Describe it."] * len(objects),
+            "answer": [o[3] for o in objects],
+            "bbox": pa.array([o[2] for o in objects], pa.list_(pa.float32())),
+            "file_name": [o[1].replace(".jpg", f"_{o[0]}.jpg") for o in objects],
+            "image": [{"bytes": jpeg(o[1]) if images else None, "path": o[1]} for o in objects],
+        }
+    )
     pq.write_table(table, folder / name, row_group_size=2)
     return dict(path=folder / name)
 
 
 def jxu124(folder, name="validation-00000-of-00001.parquet", order="xyxy", raw=True):
-    rows = [{k: ref[k] for k in ("ref_id", "split", "sentences", "image_id")} | {
-        "image_path": f"coco/train2014/{image}", "bbox": corners(box) if order == "xyxy" else box,
-        "raw_anns": json.dumps({"bbox": box} if raw else {}),
-        "raw_image_info": json.dumps(dict(zip(SIZE, SIZES[image])))}
-        for ref, (_, image, box, _) in zip(refs(), OBJECTS)]
+    rows = [
+        {k: ref[k] for k in ("ref_id", "split", "sentences", "image_id")}
+        | {
+            "image_path": f"coco/train2014/{image}",
+            "bbox": corners(box) if order == "xyxy" else box,
+            "raw_anns": json.dumps({"bbox": box} if raw else {}),
+            "raw_image_info": json.dumps(dict(zip(SIZE, SIZES[image]))),
+        }
+        for ref, (_, image, box, _) in zip(refs(), OBJECTS)
+    ]
     pq.write_table(pa.Table.from_pylist(rows), folder / name)
     return dict(path=folder / name)
 
 
 def records(names, said, place, order, size=True):
-    return [{names: place.format(image, stem=Path(image).stem, ref=ref), said: text,
-             "bbox": corners(box) if order == "xyxy" else box} | (dict(zip(SIZE, SIZES[image])) if size else {})
-            for ref, image, box, texts in OBJECTS for text in texts]
+    return [
+        {
+            names: place.format(image, stem=Path(image).stem, ref=ref),
+            said: text,
+            "bbox": corners(box) if order == "xyxy" else box,
+        }
+        | (dict(zip(SIZE, SIZES[image])) if size else {})
+        for ref, image, box, texts in OBJECTS
+        for text in texts
+    ]
 
 
 def lines(folder, content):
@@ -176,10 +215,15 @@ def test_refs_keep_their_ids_and_boxes_without_one_are_numbered_in_their_image(t
     assert not twice.duplicated(["image_id", "ref_id", "sent_id"]).any()
 
 
-@pytest.mark.parametrize("path, name", [
-    ("COCO_train2014_000000000009_12", WIDE), ("a/b/COCO_train2014_000000000009_1.jpg", WIDE),
-    (r"C:\train2014\COCO_train2014_000000000009.jpg", WIDE), ("other/photo_12.png", "photo_12.png"),
-])
+@pytest.mark.parametrize(
+    "path, name",
+    [
+        ("COCO_train2014_000000000009_12", WIDE),
+        ("a/b/COCO_train2014_000000000009_1.jpg", WIDE),
+        (r"C:\train2014\COCO_train2014_000000000009.jpg", WIDE),
+        ("other/photo_12.png", "photo_12.png"),
+    ],
+)
 def test_names_of_images(path, name):
     assert coco_name(path) == name
 
@@ -222,19 +266,35 @@ def test_the_real_annotations(dataset, split, recwarn):
     check_counts(rows, dataset, split)
     assert not recwarn.list
     perfect = perfect_answers(rows)
-    known = {"refcoco": {"val": 92.99, "testA": 93.51, "testB": 89.38},
-             "refcoco+": {"val": 93.03, "testA": 93.47, "testB": 89.38}, "refcocog": {"val": 87.97, "test": 88.86}}
+    known = {
+        "refcoco": {"val": 92.99, "testA": 93.51, "testB": 89.38},
+        "refcoco+": {"val": 93.03, "testA": 93.47, "testB": 89.38},
+        "refcocog": {"val": 87.97, "test": 88.86},
+    }
     assert round(100 * score(perfect, "original")["correct"].mean(), 2) == known[dataset][split]
     assert score(perfect)["correct"].all()
 
 
 def test_a_perfect_padded_answer_is_only_wrong_where_its_padding_is_forgotten():
     """In a 640 x 320 image, y comes back as 80 + y / 2: the top quarter, 0 to 80, as 80 to 120."""
-    rows = pd.DataFrame(dict(image_id=["a", "b", "b"], ref_id=["a", "b", "c"], width=[640, 640, 320], height=320,
-                             x1=[0.0, 0.0, 32.0], y1=[0.0, 0.0, 0.0], x2=[640.0, 640.0, 64.0], y2=[80.0, 160.0, 80.0]))
+    rows = pd.DataFrame(
+        dict(
+            image_id=["a", "b", "b"],
+            ref_id=["a", "b", "c"],
+            width=[640, 640, 320],
+            height=320,
+            x1=[0.0, 0.0, 32.0],
+            y1=[0.0, 0.0, 0.0],
+            x2=[640.0, 640.0, 64.0],
+            y2=[80.0, 160.0, 80.0],
+        )
+    )
     perfect = perfect_answers(rows)
     assert perfect["raw"].tolist() == [
-        "[0.00, 0.25, 1.00, 0.38]", "[0.00, 0.25, 1.00, 0.50]", "[0.10, 0.00, 0.20, 0.25]"]
+        "[0.00, 0.25, 1.00, 0.38]",
+        "[0.00, 0.25, 1.00, 0.50]",
+        "[0.10, 0.00, 0.20, 0.25]",
+    ]
     assert score(perfect)["correct"].all()
     assert score(perfect, "original")["correct"].tolist() == [False, True, True]  # the second has an IoU of exactly 0.5
     assert summarise(score(perfect), ["frame"]).loc[0, ["n", "accuracy", "tokens"]].tolist() == [3, 1.0, 0.0]
@@ -258,22 +318,26 @@ def test_boxes_that_stick_out_by_rounding_are_clipped_with_one_warning(tmp_path)
     def out(content):
         content[0]["bbox"] = content[1]["bbox"] = [-0.4, 0, 20, 30]
         content[2]["bbox"] = [40, 5, 41.5, 20]
+
     with pytest.warns(UserWarning, match="2 boxes stuck out .* at most 1.50 px.*000000000009_7$") as caught:
         rows = read(edited(tmp_path, out))
     assert len(caught) == 1
     assert rows[TRUTH].iloc[[0, 2]].to_numpy().tolist() == [[0, 0, 19.6, 30], [40, 5, 80, 25]]
 
 
-@pytest.mark.parametrize("key, value, message", [
-    ("bbox", [70, 5, 20, 20], "1 of 5 .* outside their image; first: ref_id COCO_train2014_000000000009_8"),
-    ("bbox", [10, 5, 0, 20], "empty or outside"),
-    ("bbox", [10, 5, 20], "entry 3: its box must be four finite numbers"),
-    ("bbox", [10, 5, 20, float("nan")], "entry 3: its box must be"),
-    ("bbox", [10, 5, 20, True], "entry 3: its box must be"),
-    ("sents", " ", "entry 3: its expression must be"),
-    ("width", 80.5, "entry 3: its width must be whole pixels"),
-    ("img_id", "9_8", "entry 3: its file_name must be the name of an image"),
-])
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("bbox", [70, 5, 20, 20], "1 of 5 .* outside their image; first: ref_id COCO_train2014_000000000009_8"),
+        ("bbox", [10, 5, 0, 20], "empty or outside"),
+        ("bbox", [10, 5, 20], "entry 3: its box must be four finite numbers"),
+        ("bbox", [10, 5, 20, float("nan")], "entry 3: its box must be"),
+        ("bbox", [10, 5, 20, True], "entry 3: its box must be"),
+        ("sents", " ", "entry 3: its expression must be"),
+        ("width", 80.5, "entry 3: its width must be whole pixels"),
+        ("img_id", "9_8", "entry 3: its file_name must be the name of an image"),
+    ],
+)
 def test_impossible_annotations(key, value, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         read(edited(tmp_path, lambda content: content[2].update({key: value})))
@@ -358,18 +422,32 @@ class Call:
 def hostile(mark):
     command = f"touch {mark}"
     reduced = {
-        "system": Call(os.system, command), "eval": Call(eval, f"__import__('os').system({command!r})"),
-        "getattr": Call(getattr, os, "system"), "copyreg": Call(copyreg._reconstructor, dict, object, None),
-        "array": np.zeros(3), "scalar": np.float64(1), "set": {1}, "class": Call, "print": print,
+        "system": Call(os.system, command),
+        "eval": Call(eval, f"__import__('os').system({command!r})"),
+        "getattr": Call(getattr, os, "system"),
+        "copyreg": Call(copyreg._reconstructor, dict, object, None),
+        "array": np.zeros(3),
+        "scalar": np.float64(1),
+        "set": {1},
+        "class": Call,
+        "print": print,
     }
     reduced["getattr"].call = getattr, ("", "upper")  # a module cannot be pickled; the built-in itself is what counts
-    made = {f"{name} {protocol}": pickle.dumps([{"ref_id": thing}], protocol)
-            for name, thing in reduced.items() for protocol in (0, 2)}
+    made = {
+        f"{name} {protocol}": pickle.dumps([{"ref_id": thing}], protocol)
+        for name, thing in reduced.items()
+        for protocol in (0, 2)
+    }
     return made | {
-        "by hand": f"cos\nsystem\n(S'{command}'\ntR.".encode(), "instance": f"(S'{command}'\nios\nsystem\n.".encode(),
-        "object": f"(cos\nsystem\nS'{command}'\no.".encode(), "persistent": b"Pname\n.", "extension": b"\x82\x01.",
+        "by hand": f"cos\nsystem\n(S'{command}'\ntR.".encode(),
+        "instance": f"(S'{command}'\nios\nsystem\n.".encode(),
+        "object": f"(cos\nsystem\nS'{command}'\no.".encode(),
+        "persistent": b"Pname\n.",
+        "extension": b"\x82\x01.",
         "stacked": f"\x8c\x02os\x8c\x06system\x93\x8c{chr(len(command))}{command}\x85R.".encode("latin1"),
-        "far index": b"]r\xff\xff\xff\x7f.", "build": b"}}b.", "new object": b"\x8c\x01a)\x81.",
+        "far index": b"]r\xff\xff\xff\x7f.",
+        "build": b"}}b.",
+        "new object": b"\x8c\x01a)\x81.",
     }
 
 
@@ -387,10 +465,12 @@ def test_a_pickle_that_names_anything_is_refused_unrun(name, tmp_path):
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
 ANYTHING = st.recursive(
-    SCALARS, lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.text(max_size=5), inner), max_leaves=8)
+    SCALARS, lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.text(max_size=5), inner), max_leaves=8
+)
 VALUE = ANYTHING | st.just([1, 2, 3, 4]) | st.just(WIDE) | st.integers(1, 90)
 KEYED = st.sampled_from(list(FORMS.values())).flatmap(
-    lambda form: st.lists(st.fixed_dictionaries(dict.fromkeys(form.keys, VALUE)), max_size=3))
+    lambda form: st.lists(st.fixed_dictionaries(dict.fromkeys(form.keys, VALUE)), max_size=3)
+)
 NOISE = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -403,8 +483,11 @@ def check_noise(path, content):
 
 
 @NOISE
-@given(content=st.binary(max_size=300), magic=st.sampled_from([b"", b"PAR1", b"\x80\x02", b"[{", b'{"image": ']),
-       suffix=st.sampled_from([".p", ".json", ".parquet"]))
+@given(
+    content=st.binary(max_size=300),
+    magic=st.sampled_from([b"", b"PAR1", b"\x80\x02", b"[{", b'{"image": ']),
+    suffix=st.sampled_from([".p", ".json", ".parquet"]),
+)
 def test_noise_is_a_value_error(content, magic, suffix, tmp_path):
     check_noise(tmp_path / f"noise{suffix}", magic + content)
 
@@ -420,6 +503,7 @@ def test_any_json_is_read_or_a_value_error(content, by_line, tmp_path):
 def test_odd_texts(text, tmp_path):
     def change(content):
         content[0]["sents"] = content[0]["img_id"] = text
+
     with pytest.raises(ValueError, match="its file_name"):
         read(edited(tmp_path, change))
 
@@ -444,10 +528,16 @@ def test_load_from_a_file_and_a_folder_of_images(tmp_path):
         datasets.load("refcoco+", "testB", annotations=tmp_path)
 
 
-@pytest.mark.parametrize("write, where", [
-    (minigpt, "refcoco_val.json"), (qwen, "refcoco/refcoco_val.jsonl"), (shikra, "REC_refcoco_unc_val.jsonl"),
-    (lmms, "data/val-00000-of-00001.parquet"), (jxu124, "data/validation-00000-of-00001.parquet"),
-])
+@pytest.mark.parametrize(
+    "write, where",
+    [
+        (minigpt, "refcoco_val.json"),
+        (qwen, "refcoco/refcoco_val.jsonl"),
+        (shikra, "REC_refcoco_unc_val.jsonl"),
+        (lmms, "data/val-00000-of-00001.parquet"),
+        (jxu124, "data/validation-00000-of-00001.parquet"),
+    ],
+)
 def test_known_names_in_a_folder(write, where, tmp_path, monkeypatch):
     monkeypatch.setitem(COUNTS, "refcoco", {"val": (5, 3, 2)})
     (tmp_path / where).parent.mkdir(exist_ok=True)
@@ -484,9 +574,13 @@ def test_load_by_name_downloads_and_cuts_val(tmp_path, monkeypatch):
 def test_without_a_network_the_command_is_named(monkeypatch):
     def offline(name, **_):
         raise huggingface_hub.errors.LocalEntryNotFoundError("no route\nand more")
+
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    with pytest.raises(FileNotFoundError, match=r"\(no route\).*hf download --repo-type dataset lmms-lab/RefCOCOplus "
-                                                r"--include 'data/testA-\*.parquet'; or give annotations=.*images="):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"\(no route\).*hf download --repo-type dataset lmms-lab/RefCOCOplus "
+        r"--include 'data/testA-\*.parquet'; or give annotations=.*images=",
+    ):
         datasets.load("refcoco+", "testA")
 
 

@@ -60,8 +60,13 @@ def test_damage_is_seen(out, where):
     content = bytearray(out.read_bytes())
     half = len(content) // 2
     place = content.index(b"\x28\xb5\x2f\xfd") + 12  # inside the first zstd frame: data, not metadata
-    damaged = {"head": content[half:], "middle": content[:half], "tail": content[:-1], "empty": b"",
-               "one bit": content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]}[where]
+    damaged = {
+        "head": content[half:],
+        "middle": content[:half],
+        "tail": content[:-1],
+        "empty": b"",
+        "one bit": content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :],
+    }[where]
     out.write_bytes(damaged)
     with pytest.raises(ValueError, match="rows.parquet is damaged"):
         results.read_rows(out)

@@ -19,12 +19,26 @@ def table(n=60, frame="padded", seed=0, wrong=0.0):
     corner, side = rng.uniform(0, 0.6, (n, 2)), rng.uniform(0.3, 0.4, (n, 2))
     truth = np.concatenate([corner * size, (corner + side) * size], 1)
     raw = [DIALECTS["llava"].format(box) for box in FRAMES[frame].encode(truth, size)]
-    raw = [("I cannot see it.", "[0.9, 0.9, 0.1, 0.1]", "[0, 0, 0.01, 0.01]")[i % 3] if rng.random() < wrong else text
-           for i, text in enumerate(raw)]
+    raw = [
+        ("I cannot see it.", "[0.9, 0.9, 0.1, 0.1]", "[0, 0, 0.01, 0.01]")[i % 3] if rng.random() < wrong else text
+        for i, text in enumerate(raw)
+    ]
     ids = {"image_id": image, "ref_id": np.arange(n) + 1000, "sent_id": np.arange(n), "expression": "the cat"}
     cell = {"pruner": "none", "keep": None, "order": "method", "ids": "compact", "seed": 0}
-    return pd.DataFrame(ids | dict(zip(TRUTH, truth.T)) | {"width": size[:, 0], "height": size[:, 1], "raw": raw,
-                        "dialect": "llava", "frame": frame, "tokens": 576, "tokens_full": 576} | cell)
+    return pd.DataFrame(
+        ids
+        | dict(zip(TRUTH, truth.T))
+        | {
+            "width": size[:, 0],
+            "height": size[:, 1],
+            "raw": raw,
+            "dialect": "llava",
+            "frame": frame,
+            "tokens": 576,
+            "tokens_full": 576,
+        }
+        | cell
+    )
 
 
 @pytest.mark.parametrize("convention", CONVENTIONS)
@@ -46,8 +60,9 @@ def test_reading_padded_answers_as_original_loses_accuracy_and_only_off_square()
 
 
 @settings(max_examples=20)
-@given(seed=st.integers(0, 10**6), convention=st.sampled_from(list(CONVENTIONS)),
-       frame=st.sampled_from([None, *FRAMES]))
+@given(
+    seed=st.integers(0, 10**6), convention=st.sampled_from(list(CONVENTIONS)), frame=st.sampled_from([None, *FRAMES])
+)
 def test_score_is_the_row_by_row_one(seed, convention, frame):
     rows = pd.concat([table(9, "padded", seed, 0.5), table(9, "resized", seed + 1, 0.5)])  # repeated index labels
     rows = rows.sample(frac=1, random_state=seed)
@@ -94,10 +109,19 @@ def test_score_refuses_bad_input():
         score(rows.assign(raw=[*rows["raw"][:2], None, *rows["raw"][3:]]))
 
 
-@pytest.mark.parametrize("change", [
-    {"x1": -1.0}, {"y1": -0.001}, {"x2": 1e4}, {"y2": 1e4}, {"x2": 0.0, "x1": 0.0}, {"y1": 50.0, "y2": 40.0},
-    {"x1": np.nan}, {"width": 0},
-])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"x1": -1.0},
+        {"y1": -0.001},
+        {"x2": 1e4},
+        {"y2": 1e4},
+        {"x2": 0.0, "x1": 0.0},
+        {"y1": 50.0, "y2": 40.0},
+        {"x1": np.nan},
+        {"width": 0},
+    ],
+)
 def test_check_boxes_names_the_first_offender(change):
     rows = table(12)
     check_boxes(rows)

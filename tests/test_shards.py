@@ -11,12 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from analysis import ROOT, results
-from analysis import evaluate as evaluation
-from analysis.evaluate import cells
+from analysis.engine import evaluate as evaluation
+from analysis.engine.evaluate import cells
 from tests.test_evaluate import GRID, Noise, run
 
-MIXED = [*cells(["random", "prumerge"], [0.5, None], ids=["compact", "original"])[:1], *GRID[:2],
-         *cells("prumerge", [None, 0.5]), GRID[-1]]  # a keep that is none first, last and in between
+MIXED = [
+    *cells(["random", "prumerge"], [0.5, None], ids=["compact", "original"])[:1],
+    *GRID[:2],
+    *cells("prumerge", [None, 0.5]),
+    GRID[-1],
+]  # a keep that is none first, last and in between
 
 
 @pytest.fixture(scope="module")
@@ -58,11 +62,13 @@ def test_what_does_not_belong_together_is_not_merged(whole, tiny, tmp_path):
     run(replace(tiny, revision="other"), other, GRID[:2], Noise(images=6), shard="2/3")
     run(tiny, other, GRID[:2], shard="2/2")
     for paths, message in [
-        ([one, three], "shards 2/3 are missing"), ([two], "shards 1/3, 3/3 are missing"),
+        ([one, three], "shards 2/3 are missing"),
+        ([two], "shards 1/3, 3/3 are missing"),
         ([one, two, two, three], "rows.2of3.parquet is shard 2/3, which is there already"),
         ([one, other.with_name("other.2of3.parquet"), three], "differ in expressions, revision"),
         ([one, other.with_name("other.2of2.parquet")], "differ in number of shards"),
-        ([one, whole], "is no shard"), ([], "no shards to merge"),
+        ([one, whole], "is no shard"),
+        ([], "no shards to merge"),
     ]:
         with pytest.raises(ValueError, match=message):
             results.merge_shards(out, paths)
@@ -100,9 +106,14 @@ def test_names(number, count):
 
 def test_the_graph_merges_shards_and_has_none_by_default():
     """What Snakemake would run for rows of REC, and for a real checkpoint with its parameters from --config."""
+
     def planned(*config):
-        done = subprocess.run([sys.executable, "-m", "snakemake", "-n", "--cores", "1", "--printshellcmds", "--forceall",
-                               *config], cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-m", "snakemake", "-n", "--cores", "1", "--printshellcmds", "--forceall", *config],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
         assert done.returncode == 0, done.stderr
         said = done.stdout + done.stderr
         return said, [line for line in said.splitlines() if line.startswith("Shell command: ") and "papermill" in line]
@@ -110,8 +121,7 @@ def test_the_graph_merges_shards_and_has_none_by_default():
     rows = "papermill_runs/10_rec_eval/smoke.parquet"
     said, commands = planned(rows)
     assert len(commands) == 1 and f"-p out {rows} -p shard 1/1" in commands[0] and "rule merge" not in said
-    said, commands = planned("real", "--config", "shards=2", "model=some/model", "dataset=refcocog", "limit=9",
-                             "gpu=4")
+    said, commands = planned("real", "--config", "shards=2", "model=some/model", "dataset=refcocog", "limit=9", "gpu=4")
     assert len(commands) == 4 and said.count("rule merge:") == 2
     assert len(re.findall("resources: .*gpu=4", said)) == 4
     assert "output: papermill_runs/12_real_checkpoints/some_model_refcocog_test.2of2.parquet" in said
@@ -122,8 +132,11 @@ def test_the_graph_merges_shards_and_has_none_by_default():
 def test_the_draft_is_the_form_of_a_box_and_the_same_in_shards(tiny, tmp_path, monkeypatch):
     """What is tried ahead moves the last bit of the logits: it may not depend on what was answered before."""
     drafts, greedy = [], evaluation.greedy
-    monkeypatch.setattr(evaluation, "greedy", lambda *given, draft, **more: (
-        drafts.append(tuple(draft)), greedy(*given, draft=draft, **more))[1])
+    monkeypatch.setattr(
+        evaluation,
+        "greedy",
+        lambda *given, draft, **more: (drafts.append(tuple(draft)), greedy(*given, draft=draft, **more))[1],
+    )
     run(tiny, tmp_path / "whole.parquet", GRID[:3], batch_size=2)
     whole, drafts[:] = list(drafts), []
     for number in range(1, 7):

@@ -210,7 +210,9 @@ def test_retained_is_the_ratio_of_sums_and_its_interval_the_naive_one():
     assert found["retention"] == pruned.sum() / full.sum()
     rng, names = np.random.default_rng(1), np.unique(clusters)
     sums = np.array([(pruned[clusters == c].sum(), full[clusters == c].sum()) for c in names])
-    ratios = [kept / right for kept, right in (sums[rng.integers(0, len(names), len(names))].sum(0) for _ in range(4000))]
+    ratios = [
+        kept / right for kept, right in (sums[rng.integers(0, len(names), len(names))].sum(0) for _ in range(4000))
+    ]
     np.testing.assert_allclose([found["low"], found["high"]], np.quantile(ratios, [0.025, 0.975]), atol=0.01)
     assert retained(full, full, clusters) == {"retention": 1.0, "low": 1.0, "high": 1.0}
     assert np.isnan(list(retained(0 * full, full, clusters).values())).all()

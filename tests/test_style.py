@@ -54,5 +54,9 @@ def test_accuracy_cell_marks_what_gap_changes_and_nothing_else():
     row = pd.Series(dict(ids="original", accuracy=0.5661, low=0.54, high=0.59, gap_difference=0.5, gap_p_fdr=0.001))
     assert style.accuracy_cell(row) == "56.6 ±2.5*"
     assert style.accuracy_cell(row.replace({0.5: -0.5})) == "56.6 ±2.5v"
-    for other in (row.drop(["gap_difference", "gap_p_fdr"]), row.replace({"original": "compact"}), row.replace({0.001: 0.2})):
+    for other in (
+        row.drop(["gap_difference", "gap_p_fdr"]),
+        row.replace({"original": "compact"}),
+        row.replace({0.001: 0.2}),
+    ):
         assert style.accuracy_cell(other) == "56.6 ±2.5"

@@ -16,7 +16,18 @@ from rouge_score.rouge_scorer import RougeScorer
 from analysis.summarization import news
 from analysis.summarization.batch import PAD, START, STOP, UNK
 from analysis.summarization.data import (
-    SPECIAL, Document, Vocabulary, aclsum, batches, collate, cut, labelled, labels, read, sentences, tokenise,
+    SPECIAL,
+    Document,
+    Vocabulary,
+    aclsum,
+    batches,
+    collate,
+    cut,
+    labelled,
+    labels,
+    read,
+    sentences,
+    tokenise,
 )
 
 HASH = "7d10ff5a9fcc3e7ad948935c4d23bc7ebb6b9a836d008c9a73dc32a25c1ad910"
@@ -56,8 +67,12 @@ def chunk(*examples):
 
 
 SEE = example(feature("abstract", tagged(ABSTRACT)), feature("article", joined(ARTICLE)))
-HSU = example(feature("article", tagged(ARTICLE)), feature("abstract", tagged(ABSTRACT)),
-              feature("extract", tagged(ARTICLE[:1])), feature("extract_ids", "0,2"))
+HSU = example(
+    feature("article", tagged(ARTICLE)),
+    feature("abstract", tagged(ABSTRACT)),
+    feature("extract", tagged(ARTICLE[:1])),
+    feature("extract_ids", "0,2"),
+)
 
 
 def written(folder, content, name="file.jsonl"):
@@ -70,14 +85,20 @@ def written(folder, content, name="file.jsonl"):
 
 
 def test_words_are_cut_as_in_the_penn_treebank():
-    assert tokenise('He said: "It\'s 3.5% (or don\'t)."') == (
-        "he said : `` it 's 3.5 % -lrb- or do n't -rrb- . ''".split())
+    assert tokenise("He said: \"It's 3.5% (or don't).\"") == (
+        "he said : `` it 's 3.5 % -lrb- or do n't -rrb- . ''".split()
+    )
 
 
 def test_sentences_end_at_full_stops_and_lines_but_not_at_abbreviations():
     text = 'Dr. Kay left the U.S. on Monday. "Why?" he asked.\nNo comment\n\n She smiled.'
     assert [" ".join(said) for said in sentences(text)] == [
-        "dr. kay left the u.s. on monday .", "`` why ? ''", "he asked .", "no comment", "she smiled ."]
+        "dr. kay left the u.s. on monday .",
+        "`` why ? ''",
+        "he asked .",
+        "no comment",
+        "she smiled .",
+    ]
     assert sentences(" \n ") == []
 
 
@@ -92,8 +113,10 @@ def test_tokenised_text_is_cut_after_its_quotes():
 
 def test_bin_chunks_of_both_papers_read_back(tmp_path):
     file = written(tmp_path, chunk(SEE, HSU), "val_000.bin")
-    assert list(read(file)) == [Document(ARTICLE, ABSTRACT, None, "val_000-0"),
-                                Document(ARTICLE, ABSTRACT, [1, 0, 1], "val_000-1")]
+    assert list(read(file)) == [
+        Document(ARTICLE, ABSTRACT, None, "val_000-0"),
+        Document(ARTICLE, ABSTRACT, [1, 0, 1], "val_000-1"),
+    ]
 
 
 def test_bin_fields_that_nobody_needs_are_passed_over(tmp_path):
@@ -123,60 +146,74 @@ def test_json_lines_of_sentences_read_back(tmp_path):
     texts = dict(article_sents=[" ".join(words).upper() for words in ARTICLE], abstract_sents=ABSTRACT)
     marked = dict(article_sents=[*ARTICLE, []], abstract_sents=["", *ABSTRACT], labels=[0, 1, 0, 1], id=7)
     file = written(tmp_path, f"{json.dumps(texts)}\n\n{json.dumps(marked)}\n")
-    assert list(read(file)) == [Document(ARTICLE, ABSTRACT, None, "file-0"),
-                                Document(ARTICLE, ABSTRACT, [0, 1, 0], "7")]
+    assert list(read(file)) == [
+        Document(ARTICLE, ABSTRACT, None, "file-0"),
+        Document(ARTICLE, ABSTRACT, [0, 1, 0], "7"),
+    ]
 
 
 def test_json_lines_of_plain_text_read_back(tmp_path):
-    plain = dict(article='A storm hit Rowfield. "It was loud." Shops closed.', id="x",
-                 highlights="Storm hits Rowfield .\nShops closed")
+    plain = dict(
+        article='A storm hit Rowfield. "It was loud." Shops closed.',
+        id="x",
+        highlights="Storm hits Rowfield .\nShops closed",
+    )
     assert list(read(written(tmp_path, json.dumps(plain)))) == [Document(ARTICLE, ABSTRACT, None, "x")]
 
 
 GOOD = dict(article_sents=ARTICLE, abstract_sents=ABSTRACT)
 
 
-@pytest.mark.parametrize("line, message", [
-    ("{", "line 2: broken JSON"),
-    ("[" * 100_000, "line 2: broken JSON"),
-    (b"\xff\xfe", "line 2: broken JSON"),
-    ("[1]", "line 2: a record must be an object"),
-    (json.dumps({"text": "a", "summary": "b"}), "line 2: .*article_sents.*but this one has text, summary"),
-    (json.dumps(GOOD | {"article_sents": "a b ."}), "article_sents must be a list"),
-    (json.dumps(GOOD | {"abstract_sents": [["a b"]]}), "abstract_sents must hold texts or lists of words"),
-    (json.dumps(GOOD | {"abstract_sents": [3]}), "abstract_sents must hold texts or lists of words"),
-    (json.dumps(GOOD | {"labels": [1, 0]}), "labels must be 0 or 1 for each of 3 sentences"),
-    (json.dumps(GOOD | {"labels": [1, 0, True]}), "labels must be 0 or 1"),
-    (json.dumps({"article": ["a"], "highlights": "b"}), "article must be text"),
-    (json.dumps(GOOD | {"article_sents": ["", " "]}), "line 2: the article is empty; skip_empty"),
-    (json.dumps(GOOD | {"abstract_sents": []}), "line 2: the abstract is empty"),
-])
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("{", "line 2: broken JSON"),
+        ("[" * 100_000, "line 2: broken JSON"),
+        (b"\xff\xfe", "line 2: broken JSON"),
+        ("[1]", "line 2: a record must be an object"),
+        (json.dumps({"text": "a", "summary": "b"}), "line 2: .*article_sents.*but this one has text, summary"),
+        (json.dumps(GOOD | {"article_sents": "a b ."}), "article_sents must be a list"),
+        (json.dumps(GOOD | {"abstract_sents": [["a b"]]}), "abstract_sents must hold texts or lists of words"),
+        (json.dumps(GOOD | {"abstract_sents": [3]}), "abstract_sents must hold texts or lists of words"),
+        (json.dumps(GOOD | {"labels": [1, 0]}), "labels must be 0 or 1 for each of 3 sentences"),
+        (json.dumps(GOOD | {"labels": [1, 0, True]}), "labels must be 0 or 1"),
+        (json.dumps({"article": ["a"], "highlights": "b"}), "article must be text"),
+        (json.dumps(GOOD | {"article_sents": ["", " "]}), "line 2: the article is empty; skip_empty"),
+        (json.dumps(GOOD | {"abstract_sents": []}), "line 2: the abstract is empty"),
+    ],
+)
 def test_a_broken_line_is_named(tmp_path, line, message):
     line = line if isinstance(line, bytes) else line.encode()
     with pytest.raises(ValueError, match=message):
         list(read(written(tmp_path, json.dumps(GOOD).encode() + b"\n" + line)))
 
 
-@pytest.mark.parametrize("content, message", [
-    (chunk(SEE, SEE)[:-1], f"example 2: the file ends after {len(SEE) - 1} of {len(SEE)} bytes"),
-    (chunk(SEE) + b"\1\0\0", "example 2: 8 bytes must say its length"),
-    (struct.pack("<q", 2**62) + SEE, "example 1: 8 bytes must say its length"),
-    (struct.pack("<q", -1) + SEE, "example 1: 8 bytes"),
-    (struct.pack("<q", 0), "example 1: 8 bytes"),
-    (b"\x1f\x8b\x08\0\0\0\0\0\0\x03", "example 1"),
-    (chunk(b"\x0a\xff\xff\xff\xff\x07"), r"field 1 is to have \d+ bytes, but 0 are left"),
-    (chunk(b"\x0a"), "it ends within a number"),
-    (chunk(b"\xff" * 11), "more than 10 bytes"),
-    (chunk(b"\x0b"), "unknown kind 3"),
-    (chunk(example(feature("article", "a ."))), "needs article and abstract, but has article"),
-    (chunk(b"\x12\x00"), "but has nothing"),
-    (chunk(example(feature("article", "a ."), feature("abstract", "a ."))), "must be in <s> ... </s>, not 'a .'"),
-    (chunk(example(feature("article", "a ."), feature("abstract", "<s> a <s> b </s>"))), "must be in <s>"),
-    (chunk(example(feature("article", " "), feature("abstract", tagged(ABSTRACT)))), "example 1: the article is empty"),
-    (chunk(HSU.replace(b"0,2", b"0,3")), "extract_ids must number 3 sentences from 0, not 0,3"),
-    (chunk(HSU.replace(b"0,2", b"0,x")), "example 1: "),
-    (chunk(SEE.replace(b"storm", b"\xff\xfe\xfd\xfc\xfb")), "example 1: .*utf-8"),
-])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (chunk(SEE, SEE)[:-1], f"example 2: the file ends after {len(SEE) - 1} of {len(SEE)} bytes"),
+        (chunk(SEE) + b"\1\0\0", "example 2: 8 bytes must say its length"),
+        (struct.pack("<q", 2**62) + SEE, "example 1: 8 bytes must say its length"),
+        (struct.pack("<q", -1) + SEE, "example 1: 8 bytes"),
+        (struct.pack("<q", 0), "example 1: 8 bytes"),
+        (b"\x1f\x8b\x08\0\0\0\0\0\0\x03", "example 1"),
+        (chunk(b"\x0a\xff\xff\xff\xff\x07"), r"field 1 is to have \d+ bytes, but 0 are left"),
+        (chunk(b"\x0a"), "it ends within a number"),
+        (chunk(b"\xff" * 11), "more than 10 bytes"),
+        (chunk(b"\x0b"), "unknown kind 3"),
+        (chunk(example(feature("article", "a ."))), "needs article and abstract, but has article"),
+        (chunk(b"\x12\x00"), "but has nothing"),
+        (chunk(example(feature("article", "a ."), feature("abstract", "a ."))), "must be in <s> ... </s>, not 'a .'"),
+        (chunk(example(feature("article", "a ."), feature("abstract", "<s> a <s> b </s>"))), "must be in <s>"),
+        (
+            chunk(example(feature("article", " "), feature("abstract", tagged(ABSTRACT)))),
+            "example 1: the article is empty",
+        ),
+        (chunk(HSU.replace(b"0,2", b"0,3")), "extract_ids must number 3 sentences from 0, not 0,3"),
+        (chunk(HSU.replace(b"0,2", b"0,x")), "example 1: "),
+        (chunk(SEE.replace(b"storm", b"\xff\xfe\xfd\xfc\xfb")), "example 1: .*utf-8"),
+    ],
+)
 def test_a_broken_chunk_is_refused_with_its_example(tmp_path, content, message):
     with pytest.raises(ValueError, match=message):
         list(read(written(tmp_path, content, "broken.bin")))
@@ -212,8 +249,12 @@ def test_a_wrong_byte_is_a_value_error_or_another_text(tmp_path_factory, at, val
 
 
 @settings(max_examples=60)
-@given(st.dictionaries(st.sampled_from(["article", "highlights", "article_sents", "abstract_sents", "labels", "id"]),
-                       st.recursive(st.none() | st.integers() | st.text(max_size=20), st.lists, max_leaves=6)))
+@given(
+    st.dictionaries(
+        st.sampled_from(["article", "highlights", "article_sents", "abstract_sents", "labels", "id"]),
+        st.recursive(st.none() | st.integers() | st.text(max_size=20), st.lists, max_leaves=6),
+    )
+)
 def test_a_record_of_anything_is_a_value_error_or_a_document(tmp_path_factory, record):
     assert only_value_errors(written(tmp_path_factory.getbasetemp(), json.dumps(record), "record.jsonl"))
 
@@ -237,8 +278,9 @@ class Paper:
 
 def test_aclsum_gives_papers_with_their_highlights(monkeypatch):
     monkeypatch.setitem(sys.modules, "aclsum", types.SimpleNamespace(ACLSum=lambda split: [Paper()] * (split == "val")))
-    expected = Document([["we", "sort", "."], ["it", "works", "."]], [["it", "works", "."], ["very", "well", "."]],
-                        [0, 1], "P1-outcome")
+    expected = Document(
+        [["we", "sort", "."], ["it", "works", "."]], [["it", "works", "."], ["very", "well", "."]], [0, 1], "P1-outcome"
+    )
     assert aclsum("val", "outcome") == [expected]
     assert aclsum("test", "outcome") == []
     with pytest.raises(ValueError, match="unknown split 'validation'"):
@@ -318,14 +360,17 @@ def test_the_vocabulary_reads_back(tmp_path):
     assert Vocabulary.load(tmp_path / "words.txt") == words != Vocabulary(["a"])
 
 
-@pytest.mark.parametrize("content, message", [
-    (b"a\nb\n", "must begin with the lines .*not with 'a'"),
-    ("\n".join([*SPECIAL, "a", "b", "a"]).encode(), "words.txt: 'a' is in the vocabulary more than once"),
-    ("\n".join([*SPECIAL, "a 12"]).encode(), "words.txt: a word must be without spaces and not empty, not 'a 12'"),
-    ("\n".join([*SPECIAL, "", "b"]).encode(), "not ''"),
-    (b"\xff\xfe", "is no text"),
-    (b"", "must begin"),
-])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"a\nb\n", "must begin with the lines .*not with 'a'"),
+        ("\n".join([*SPECIAL, "a", "b", "a"]).encode(), "words.txt: 'a' is in the vocabulary more than once"),
+        ("\n".join([*SPECIAL, "a 12"]).encode(), "words.txt: a word must be without spaces and not empty, not 'a 12'"),
+        ("\n".join([*SPECIAL, "", "b"]).encode(), "not ''"),
+        (b"\xff\xfe", "is no text"),
+        (b"", "must begin"),
+    ],
+)
 def test_a_file_that_is_no_vocabulary_is_refused(tmp_path, content, message):
     with pytest.raises(ValueError, match=message):
         Vocabulary.load(written(tmp_path, content, "words.txt"))
@@ -361,14 +406,17 @@ def test_collate_cuts_what_is_too_long():
     assert collate([LONG], V, max_words=3).sentences.tolist() == [1]
 
 
-@pytest.mark.parametrize("documents, limits, message", [
-    ([], {}, "got 0 documents"),
-    ([LONG], {"max_words": 0}, "max_words=0"),
-    ([SHORT, LONG._replace(labels=None)], {}, "'long' needs a label for each of its 2 sentences; labelled"),
-    ([LONG._replace(labels=[1])], {}, "needs a label"),
-    ([LONG._replace(article=[])], {}, "'long' has an empty article"),
-    ([LONG._replace(article=[["a"], []])], {}, "empty sentence"),
-])
+@pytest.mark.parametrize(
+    "documents, limits, message",
+    [
+        ([], {}, "got 0 documents"),
+        ([LONG], {"max_words": 0}, "max_words=0"),
+        ([SHORT, LONG._replace(labels=None)], {}, "'long' needs a label for each of its 2 sentences; labelled"),
+        ([LONG._replace(labels=[1])], {}, "needs a label"),
+        ([LONG._replace(article=[])], {}, "'long' has an empty article"),
+        ([LONG._replace(article=[["a"], []])], {}, "empty sentence"),
+    ],
+)
 def test_what_cannot_be_collated_is_said(documents, limits, message):
     with pytest.raises(ValueError, match=message):
         collate(documents, V, **limits)
@@ -448,8 +496,12 @@ def test_news_have_the_shape_they_promise(splits):
 
 
 def test_cues_are_right_in_four_of_five_cases(splits):
-    cued = Counter((any(word in news.DAYS for word in words), label) for split in splits.values() for d in split
-                   for words, label in zip(d.article, d.labels))
+    cued = Counter(
+        (any(word in news.DAYS for word in words), label)
+        for split in splits.values()
+        for d in split
+        for words, label in zip(d.article, d.labels)
+    )
     assert cued[True, 1] / (cued[True, 0] + cued[True, 1]) == pytest.approx(0.8, abs=0.03)
     assert cued[True, 1] / (cued[False, 1] + cued[True, 1]) == pytest.approx(0.8, abs=0.03)
 

@@ -13,7 +13,17 @@ from analysis.summarization import losses
 from analysis.summarization.batch import PAD, START, STOP, UNK, Batch
 from analysis.summarization.beam import beam_search, greedy
 from analysis.summarization.model import (
-    PAPER, SMALL, SYSTEMS, Abstracter, Sizes, Unified, chosen, of_words, select, text, trainable,
+    PAPER,
+    SMALL,
+    SYSTEMS,
+    Abstracter,
+    Sizes,
+    Unified,
+    chosen,
+    of_words,
+    select,
+    text,
+    trainable,
 )
 
 TINY = Sizes(vocabulary=9, embedding=3, extractor=2, abstracter=3)
@@ -35,7 +45,8 @@ def make(articles=(0, 1, 2), more=0):
     """A batch of the articles, with `more` padding in words, sentences and steps."""
     words = [[word for said in ARTICLES[a] for word in said] for a in articles]
     return Batch(
-        padded([known(row) for row in words], more=more), padded(words, more=more),
+        padded([known(row) for row in words], more=more),
+        padded(words, more=more),
         padded([[n for n, said in enumerate(ARTICLES[a]) for _ in said] for a in articles], -1, more),
         padded([LABELS[a] for a in articles], more=more).double(),
         torch.tensor([len(ARTICLES[a]) for a in articles]),
@@ -69,8 +80,10 @@ def linear(p, name, x):
 def gru(p, name, xs):
     h, states = xs[0].new_zeros(TINY.extractor), []
     for x in xs:
-        (r, z, n), (hr, hz, hn) = ((p[name.format(f"weight_{a}")] @ y + p[name.format(f"bias_{a}")]).chunk(3)
-                                   for a, y in (("ih", x), ("hh", h)))
+        (r, z, n), (hr, hz, hn) = (
+            (p[name.format(f"weight_{a}")] @ y + p[name.format(f"bias_{a}")]).chunk(3)
+            for a, y in (("ih", x), ("hh", h))
+        )
         z = (z + hz).sigmoid()
         h = (1 - z) * (n + (r + hr).sigmoid() * hn).tanh() + z * h
         states.append(h)
@@ -92,15 +105,18 @@ def both_ways(p, name, xs):
 def naive_extractor(model, article):
     """Logits [N] of an article."""
     p = weights(model, "extractor.")
-    means = [sum(both_ways(p, "over_words", [p["embed.weight"][word] for word in known(said)])) / len(said)
-             for said in article]
+    means = [
+        sum(both_ways(p, "over_words", [p["embed.weight"][word] for word in known(said)])) / len(said)
+        for said in article
+    ]
     states = both_ways(p, "over_sentences", means)
     whole = linear(p, "article", sum(states) / len(states)).tanh()
     summary, logits = torch.zeros_like(whole), []
     for state in states:
         h = linear(p, "sentence", state).tanh()
-        logits.append(linear(p, "content", h)[0] + h @ p["salience.weight"].T @ whole
-                      - h @ p["novelty.weight"].T @ summary.tanh())
+        logits.append(
+            linear(p, "content", h)[0] + h @ p["salience.weight"].T @ whole - h @ p["novelty.weight"].T @ summary.tanh()
+        )
         summary = summary + logits[-1].sigmoid() * h
     return torch.stack(logits)
 
@@ -122,8 +138,10 @@ def naive_abstracter(model, words, inputs, beta=None):
         x = linear(p, "from_word", p["embed.weight"][word]) + linear(p, "from_context", context)
         h, c = lstm(p, "cell.{}", x, h, c)
         query = linear(p, "query", torch.cat([c, h]))
-        energy = [linear(p, "energy", (linear(p, "key", state) + query + p["covered.weight"][:, 0] * cov).tanh())[0]
-                  for state, cov in zip(states, coverage)]
+        energy = [
+            linear(p, "energy", (linear(p, "key", state) + query + p["covered.weight"][:, 0] * cov).tanh())[0]
+            for state, cov in zip(states, coverage)
+        ]
         weight = [e.exp() for e in energy]
         alpha = [w / sum(weight) for w in weight]
         alphahat = alpha
@@ -249,8 +267,8 @@ def test_padding_and_other_articles_change_nothing(system):
         alone = model(make((a,)), system)
         steps, words = len(ABSTRACTS[a]) + 1, alone.batch.words.shape[1]
         for other in (whole, wide):
-            torch.testing.assert_close(other.logits[a, :len(article)], alone.logits[0])
-            torch.testing.assert_close(other.beta[a, :len(article)], alone.beta[0])
+            torch.testing.assert_close(other.logits[a, : len(article)], alone.logits[0])
+            torch.testing.assert_close(other.beta[a, : len(article)], alone.beta[0])
             torch.testing.assert_close(other.log_prob[a, :steps], alone.log_prob[0])
             for name in ("alpha", "alphahat"):
                 torch.testing.assert_close(getattr(other, name)[a, :steps, :words], getattr(alone, name)[0])
@@ -301,8 +319,10 @@ def test_where_gradients_go():
         model = unified()
         model.zero_grad()
         losses.total(model(make(), system), {name: 1.0})["total"].backward()
-        return tuple(any(p.grad is not None and p.grad.abs().max() > 0 for p in part.parameters())
-                     for part in (model.extractor, model.abstracter))
+        return tuple(
+            any(p.grad is not None and p.grad.abs().max() > 0 for p in part.parameters())
+            for part in (model.extractor, model.abstracter)
+        )
 
     assert reached("inconsistency", "end-to-end") == (True, True)
     assert reached("abstraction", "end-to-end") == (True, True)
@@ -321,9 +341,7 @@ def test_inconsistency_rate_by_hand():
     assert losses.inconsistency_rate(alpha, beta, sentence, three, first).rate.item() == pytest.approx(1 / 3)
     four = losses.inconsistency_rate(alpha, beta, sentence)  # mean 0.35: sentence 2 is above it now
     torch.testing.assert_close(torch.cat(four), torch.tensor([2 / 4, 2 / 5, 5 / 4]))
-    padded_ = losses.inconsistency_rate(
-        pad(alpha, (0, 3)), pad(beta, (0, 2)),
-        pad(sentence, (0, 3), value=-1), three)
+    padded_ = losses.inconsistency_rate(pad(alpha, (0, 3)), pad(beta, (0, 2)), pad(sentence, (0, 3), value=-1), three)
     torch.testing.assert_close(padded_, got)
     equal = losses.inconsistency_rate(alpha, torch.full((1, 7), 0.1), sentence)  # whose mean in float32 is above 0.1
     assert equal.rate == 0 and equal.chance == 0 and equal.ratio.isnan()
@@ -400,8 +418,14 @@ def naive_beam(model, article, beam, shortest, longest):
     """Beam search with lists as See et al. have it: tokens and score of the best."""
     live, results = [((), 0.0)], []
     for step in range(longest):
-        candidates = sorted(((tokens + (token,), total + gain) for tokens, total in live
-                             for token, gain in following(model, article, tokens).items()), key=lambda one: -one[1])
+        candidates = sorted(
+            (
+                (tokens + (token,), total + gain)
+                for tokens, total in live
+                for token, gain in following(model, article, tokens).items()
+            ),
+            key=lambda one: -one[1],
+        )
         live = []
         for tokens, total in candidates:
             if tokens[-1] != STOP:
@@ -415,10 +439,17 @@ def naive_beam(model, article, beam, shortest, longest):
     return max(results or [(tokens, total / (len(tokens) + 1)) for tokens, total in live], key=lambda one: one[1])
 
 
-@pytest.mark.parametrize("seed, beam, shortest, longest", [
-    (2, 1, 1, 6), (2, 2, 2, 6), (2, 3, 1, 5), (2, 4, 3, 5), (2, 3, 4, 4),
-    (1, 2, 1, 6),  # the first article is done long before the last
-])
+@pytest.mark.parametrize(
+    "seed, beam, shortest, longest",
+    [
+        (2, 1, 1, 6),
+        (2, 2, 2, 6),
+        (2, 3, 1, 5),
+        (2, 4, 3, 5),
+        (2, 3, 4, 4),
+        (1, 2, 1, 6),  # the first article is done long before the last
+    ],
+)
 @torch.inference_mode()
 def test_beam_search_of_a_batch_is_that_of_lists(seed, beam, shortest, longest):
     model = writer(seed)
@@ -452,13 +483,14 @@ def test_a_hypothesis_is_what_teacher_forcing_sees_for_its_tokens(system):
     for longest in (5, 12):
         for a, best in enumerate(beam_search(model, make(), system, beam=3, shortest=2, longest=longest)):
             target = [*best.tokens, STOP][:longest]
-            batch = make((a,))._replace(inputs=torch.tensor([[START, *known(best.tokens)][:longest]]),
-                                        target=torch.tensor([target]))
+            batch = make((a,))._replace(
+                inputs=torch.tensor([[START, *known(best.tokens)][:longest]]), target=torch.tensor([target])
+            )
             forced = model(batch, system)
             words = forced.batch.words.shape[1]
             torch.testing.assert_close(best.alpha[:, :words], forced.alpha[0])
             torch.testing.assert_close(best.alphahat[:, :words], forced.alphahat[0])
-            torch.testing.assert_close(best.beta[:len(ARTICLES[a])], forced.beta[0])
+            torch.testing.assert_close(best.beta[: len(ARTICLES[a])], forced.beta[0])
             assert best.sentence[:words].tolist() == forced.batch.sentence[0].tolist()
             assert best.score == pytest.approx(float(forced.log_prob.sum()) / (len(target) + 1))
             assert len(best.tokens) >= 2 and not {PAD, START, STOP} & set(best.tokens)
@@ -494,18 +526,27 @@ def test_half_precision():
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
 
 
-@pytest.mark.parametrize("call, message", [
-    (lambda: unified()(make(), "soft"), "unknown system 'soft'; valid: pointer-generator, two-stage, end-to-end"),
-    (lambda: losses.total(unified()(make()), {"abstract": 1}), "unknown loss 'abstract'; did you mean 'abstraction'"),
-    (lambda: unified()(make()._replace(words=make().extended)), "a word of ID 10, but the model's vocabulary ends"),
-    (lambda: unified()(make()._replace(words=torch.zeros_like(make().words))), "at least one sentence and one word"),
-    (lambda: unified()(make()._replace(sentences=torch.tensor([3, 0, 4]))), "at least one sentence and one word"),
-    (lambda: beam_search(unified(), make(), beam=0), "beam >= 1, .* got beam=0"),
-    (lambda: beam_search(unified(), make(), shortest=9, longest=8), "shortest <= longest"),
-    (lambda: losses.inconsistency(torch.ones(1, 1, 1), torch.ones(1, 1), torch.ones(1, 1) > 0, k=0), "got k=0"),
-    (lambda: Sizes(vocabulary=4), "vocabulary must be at least 5, got 4"),
-    (lambda: Sizes(extractor=0), "extractor must be at least 1, got 0"),
-])
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: unified()(make(), "soft"), "unknown system 'soft'; valid: pointer-generator, two-stage, end-to-end"),
+        (
+            lambda: losses.total(unified()(make()), {"abstract": 1}),
+            "unknown loss 'abstract'; did you mean 'abstraction'",
+        ),
+        (lambda: unified()(make()._replace(words=make().extended)), "a word of ID 10, but the model's vocabulary ends"),
+        (
+            lambda: unified()(make()._replace(words=torch.zeros_like(make().words))),
+            "at least one sentence and one word",
+        ),
+        (lambda: unified()(make()._replace(sentences=torch.tensor([3, 0, 4]))), "at least one sentence and one word"),
+        (lambda: beam_search(unified(), make(), beam=0), "beam >= 1, .* got beam=0"),
+        (lambda: beam_search(unified(), make(), shortest=9, longest=8), "shortest <= longest"),
+        (lambda: losses.inconsistency(torch.ones(1, 1, 1), torch.ones(1, 1), torch.ones(1, 1) > 0, k=0), "got k=0"),
+        (lambda: Sizes(vocabulary=4), "vocabulary must be at least 5, got 4"),
+        (lambda: Sizes(extractor=0), "extractor must be at least 1, got 0"),
+    ],
+)
 def test_bad_input_gets_one_clear_message(call, message):
     with pytest.raises(ValueError, match=message):
         call()

@@ -9,8 +9,12 @@ from analysis.summarization import news
 from analysis.summarization.data import Document
 from analysis.summarization.score import difference, extractor_recall, lead, novel, oracle, rouge, select, style
 
-CATS = Document([["the", "cat", "sat"], ["it", "rained"], ["a", "dog", "ran", "home"], ["the", "end"]],
-                [["the", "cat", "sat"], ["a", "dog", "ran"]], [1, 0, 1, 0], "cats")
+CATS = Document(
+    [["the", "cat", "sat"], ["it", "rained"], ["a", "dog", "ran", "home"], ["the", "end"]],
+    [["the", "cat", "sat"], ["a", "dog", "ran"]],
+    [1, 0, 1, 0],
+    "cats",
+)
 SWAPPED = [["a", "dog", "ran"], ["the", "cat"]]
 
 
@@ -47,8 +51,12 @@ def test_rouge_says_what_does_not_fit():
 
 def scored(values, first=0):
     names = [f"d{i}" for i in range(first, first + len(values))]
-    return pd.concat([pd.DataFrame({"document": names, "metric": metric, "f1": values * scale, "recall": 0.5})
-                      for metric, scale in (("R1", 1.0), ("R2", 0.5))])
+    return pd.concat(
+        [
+            pd.DataFrame({"document": names, "metric": metric, "f1": values * scale, "recall": 0.5})
+            for metric, scale in (("R1", 1.0), ("R2", 0.5))
+        ]
+    )
 
 
 def test_the_difference_is_paired_by_document():
@@ -81,11 +89,20 @@ def test_lead_and_oracle():
         oracle(CATS._replace(labels=None))
 
 
-@pytest.mark.parametrize("options, expected", [
-    ({}, [1, 4]), ({"floor": 3}, [1, 3, 4]), ({"floor": 4}, [0, 1, 3, 4]), ({"floor": 1}, [1, 4]),
-    ({"floor": 9}, [0, 1, 2, 3, 4]), ({"budget": 1}, [4]), ({"budget": 0}, []), ({"threshold": 0.3}, [1, 3, 4]),
-    ({"budget": 3, "floor": 5}, [1, 3, 4]),
-])
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ({}, [1, 4]),
+        ({"floor": 3}, [1, 3, 4]),
+        ({"floor": 4}, [0, 1, 3, 4]),
+        ({"floor": 1}, [1, 4]),
+        ({"floor": 9}, [0, 1, 2, 3, 4]),
+        ({"budget": 1}, [4]),
+        ({"budget": 0}, []),
+        ({"threshold": 0.3}, [1, 3, 4]),
+        ({"budget": 3, "floor": 5}, [1, 3, 4]),
+    ],
+)
 def test_select_takes_the_best_in_the_order_of_the_article(options, expected):
     assert select([0.2, 0.6, 0.2, 0.5, 0.9], **options) == expected
 
@@ -148,8 +165,10 @@ def test_style_has_a_row_per_document():
 
 def test_news_leave_room_above_lead_3():
     documents = news.documents("test", 100)
-    tables = {name: rouge([baseline(d) for d in documents], documents) for name, baseline in
-              (("lead", lead), ("oracle", oracle))}
+    tables = {
+        name: rouge([baseline(d) for d in documents], documents)
+        for name, baseline in (("lead", lead), ("oracle", oracle))
+    }
     f1 = {name: table.groupby("metric")["f1"].mean() for name, table in tables.items()}
     assert (f1["oracle"] > f1["lead"] + 0.15).all() and (f1["oracle"] < 0.7).all()
     novelty = style([d.abstract for d in documents], documents)["novel_2"].mean()

@@ -61,8 +61,9 @@ def test_a_stage_that_was_killed_ends_with_the_same_weights(stage, known, traine
     monkeypatch.setattr(train, "stage_losses", losses_of)
     resumed = train.train_stage(stage, config, known, 0, tmp_path / "killed")
     assert whole.keys() == resumed.keys() and all(torch.equal(whole[k], resumed[k]) for k in whole)
-    one, two = (pd.read_csv(tmp_path / folder / stage / "log.csv").drop(columns="seconds")
-                for folder in ("whole", "killed"))
+    one, two = (
+        pd.read_csv(tmp_path / folder / stage / "log.csv").drop(columns="seconds") for folder in ("whole", "killed")
+    )
     pd.testing.assert_frame_equal(one, two)
     with pytest.raises(ValueError, match="of another configuration"):
         train.train_stage(stage, replace(config, rates=(1, 1, 1)), known, 0, tmp_path / "killed")
@@ -111,8 +112,16 @@ def test_lengths_grow():
 
 def test_the_paper_s_schedule_runs(known, tmp_path):
     """Adagrad at a constant rate, growing lengths, no frozen tables; only sizes and numbers of steps are small."""
-    config = replace(train.CONFIGS["paper"], sizes=CONFIG.sizes, batches=(4, 4, 2), steps=(2, 5, 2), log=1,
-                     evaluations=1, grow=((2, 50, 15), (4, 400, 100)), coverage=1)
+    config = replace(
+        train.CONFIGS["paper"],
+        sizes=CONFIG.sizes,
+        batches=(4, 4, 2),
+        steps=(2, 5, 2),
+        log=1,
+        evaluations=1,
+        grow=((2, 50, 15), (4, 400, 100)),
+        coverage=1,
+    )
     short = known._replace(train=known.train[:8], validation=known.validation[:2])
     for stage in ("extractor", "abstracter", "end-to-end-5-inc"):
         train.train_stage(stage, config, short, 0, tmp_path)
@@ -127,9 +136,12 @@ def test_the_paper_s_schedule_runs(known, tmp_path):
 def test_training_on_files(tmp_path):
     """Fewer words than the configuration has: the model's vocabulary ends where the words' does."""
     for name, split, count in (("train", "train", 5), ("val", "validation", 3)):
-        (tmp_path / f"{name}.jsonl").write_text("".join(
-            json.dumps(dict(article_sents=d.article[:1], abstract_sents=d.abstract[:1])) + "\n"
-            for d in news.documents(split, count)))
+        (tmp_path / f"{name}.jsonl").write_text(
+            "".join(
+                json.dumps(dict(article_sents=d.article[:1], abstract_sents=d.abstract[:1])) + "\n"
+                for d in news.documents(split, count)
+            )
+        )
     given = dict(data=str(tmp_path / "train.jsonl"), runs=tmp_path, out=tmp_path / "out", device="cpu")
     with pytest.raises(ValueError, match="give --validation"):
         train.train("smoke", (0,), **given)
@@ -187,7 +199,7 @@ def test_the_frozen_tables_stay_and_the_rest_learns(known, trained):
     for part, weights in before.items():
         for name, weight in weights.items():
             moved = not torch.equal(weight, after[f"{part}.{name}"])
-            assert moved != (name.startswith(train.TABLES) or "bias_hh" in name and part == "abstracter"), name
+            assert moved != (name.startswith(train.TABLES) or ("bias_hh" in name and part == "abstracter")), name
 
 
 def test_a_checkpoint_is_the_trained_model_in_half_precision(trained, known):
@@ -236,12 +248,22 @@ def test_what_a_comparison_claims():
     rng = np.random.default_rng(0)
 
     def rows(model, values, seeds=(0, 1, 2)):
-        return pd.concat([pd.DataFrame(dict(model=model, seed=seed, document=range(60), value=values[i]))
-                          for i, seed in enumerate(seeds)])
+        return pd.concat(
+            [
+                pd.DataFrame(dict(model=model, seed=seed, document=range(60), value=values[i]))
+                for i, seed in enumerate(seeds)
+            ]
+        )
 
     base = rng.random((3, 60))
-    table = pd.concat([rows("a", base), rows("b", base + 0.1 + 0.01 * rng.random((3, 60))),
-                       rows("c", base + np.array([[0.1], [0.1], [-0.1]])), rows("d", base[:1], [-1])])
+    table = pd.concat(
+        [
+            rows("a", base),
+            rows("b", base + 0.1 + 0.01 * rng.random((3, 60))),
+            rows("c", base + np.array([[0.1], [0.1], [-0.1]])),
+            rows("d", base[:1], [-1]),
+        ]
+    )
     found = report.compared(table, {"model": "a"}, {"model": "b"})
     assert found["holds"] and 0.1 < found["low"] < found["difference"] < found["high"] < 0.11 and found["n"] == 60
     assert report.gain(found).endswith("*") and report.gain(found).startswith("+10.")
@@ -259,9 +281,13 @@ def test_what_a_comparison_claims():
 def test_the_change_of_a_ratio():
     rng = np.random.default_rng(0)
     chance = rng.uniform(0.4, 0.6, 100)
-    rows = pd.concat([
-        pd.DataFrame(dict(model=model, seed=seed, document=range(100), chance=chance, r_inc=chance * share))
-        for model, share in (("a", 0.5), ("b", 0.2)) for seed in range(3)])
+    rows = pd.concat(
+        [
+            pd.DataFrame(dict(model=model, seed=seed, document=range(100), chance=chance, r_inc=chance * share))
+            for model, share in (("a", 0.5), ("b", 0.2))
+            for seed in range(3)
+        ]
+    )
     found = report.ratio_change(rows, "a", "b")
     assert [found[k] for k in ("difference", "low", "high")] == pytest.approx([-0.3] * 3) and found["holds"]
     rows.loc[(rows["model"] == "b") & (rows["seed"] == 1), "r_inc"] = rng.uniform(0, 0.5, 100)
@@ -291,11 +317,17 @@ def test_summarize_a_file(trained, tmp_path, capsys, monkeypatch):
     assert "did you mean 'end-to-end-5'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("content, message", [
-    (b"", "has no words"), (b" \n\n", "has no words"), (b"... !?\n--", "has no words"),
-    (b"\x89PNG\r\n\x1a\n\x00\xff", "is no UTF-8 text"), (b"text \x00 and more", "it has zero bytes"),
-    (None, "is not there"),
-])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"", "has no words"),
+        (b" \n\n", "has no words"),
+        (b"... !?\n--", "has no words"),
+        (b"\x89PNG\r\n\x1a\n\x00\xff", "is no UTF-8 text"),
+        (b"text \x00 and more", "it has zero bytes"),
+        (None, "is not there"),
+    ],
+)
 def test_what_cannot_be_summarized(content, message, tmp_path, capsys):
     file = tmp_path / "article.txt"
     if content is not None:
@@ -308,8 +340,11 @@ def test_what_cannot_be_summarized(content, message, tmp_path, capsys):
 def test_from_the_checkpoints_to_the_figures(trained, tmp_path):
     """Notebook 21 on three documents of one seed; tables of two seeds, figures of the first."""
     rows, checkpoints = [str(tmp_path / f"seed{seed}.parquet") for seed in (0, 1)], trained / "checkpoints"
-    run(train.ROOT / "notebooks/21_decode_summaries.ipynb", tmp_path / "made.ipynb",
-        {"checkpoints": str(checkpoints), "out": rows[0], "longest": 20, "smoke": True})
+    run(
+        train.ROOT / "notebooks/21_decode_summaries.ipynb",
+        tmp_path / "made.ipynb",
+        {"checkpoints": str(checkpoints), "out": rows[0], "longest": 20, "smoke": True},
+    )
     made = results.provenance(rows[0])
     assert made["weights"] == {name: systems.revision(name, 0, checkpoints) for name in systems.SYSTEMS}
     decoded = results.read_rows(rows[0])

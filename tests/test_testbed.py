@@ -10,10 +10,10 @@ from analysis import models
 from analysis.models.base import SYSTEM
 from analysis.rec import datasets
 from analysis.rec.scoring import check_boxes
-from analysis.testbed import grammar
-from analysis.testbed.scenes import OVERLAP, SPLITS, covered, heldout_region, is_eval_combination, region, scene
-from analysis.testbed.stamps import colours, nouns, plural, stamps
-from analysis.testbed.tokenizer import build
+from analysis.refstamps import grammar
+from analysis.refstamps.scenes import OVERLAP, SPLITS, covered, heldout_region, is_eval_combination, region, scene
+from analysis.refstamps.stamps import colours, nouns, plural, stamps
+from analysis.training.tokenizer import build
 
 VAL = [scene("val", i) for i in range(80)]
 
@@ -47,8 +47,9 @@ def test_sizes_go_from_4_3_to_3_4_and_boxes_are_tight_and_hardly_overlap():
 
 def test_no_combination_of_stamps_is_shared_by_training_and_evaluation():
     """Stronger than no twin: whatever the mirroring, scaling or layout, the stamps themselves never come together."""
-    combination = {split: {tuple(sorted(o.stamp.file for o in scene(split, i).objects)) for i in range(40)}
-                   for split in SPLITS}
+    combination = {
+        split: {tuple(sorted(o.stamp.file for o in scene(split, i).objects)) for i in range(40)} for split in SPLITS
+    }
     index = {s.file: i for i, s in enumerate(stamps())}
     for split, seen in combination.items():
         assert all(is_eval_combination([index[f] for f in files]) == (split != "train") for files in seen)
@@ -80,8 +81,12 @@ def named(objects, words):
 
 
 def stands(obj, relation, anchor):
-    return {"left of": obj.x < anchor.x, "right of": obj.x > anchor.x,
-            "above": obj.y < anchor.y, "below": obj.y > anchor.y}[relation]
+    return {
+        "left of": obj.x < anchor.x,
+        "right of": obj.x > anchor.x,
+        "above": obj.y < anchor.y,
+        "below": obj.y > anchor.y,
+    }[relation]
 
 
 def referents(objects, text):
@@ -102,8 +107,10 @@ def referents(objects, text):
         ranked = sorted(named(objects, match[2]), key=lambda o: o.area)
         assert len(ranked) > 1
         return [ranked[-1 if match[1] == "largest" else 0]]
-    if match := (re.fullmatch(r"(?P<side>left|right|top|bottom) (?P<name>.+)", text)
-                 or re.fullmatch(r"(?P<name>.+) (on the far|on the|at the) (?P<side>left|right|top|bottom)", text)):
+    if match := (
+        re.fullmatch(r"(?P<side>left|right|top|bottom) (?P<name>.+)", text)
+        or re.fullmatch(r"(?P<name>.+) (on the far|on the|at the) (?P<side>left|right|top|bottom)", text)
+    ):
         key = {"left": lambda o: o.x, "right": lambda o: -o.x, "top": lambda o: o.y, "bottom": lambda o: -o.y}
         fits = sorted(named(objects, match["name"]), key=key[match["side"]])
         assert len(fits) > 1

@@ -9,12 +9,13 @@ import torch
 from transformers import AttentionInterface, LlamaConfig, LlamaModel
 
 from analysis import models
+from analysis.models.stem import StemClip, clip_config
 from analysis.pruning import PRUNERS, select
 from analysis.rec.boxes import DIALECTS, FRAMES
-from analysis.testbed import contrast, grammar, grow, instruct, loop, train
-from analysis.testbed.scenes import scene
-from analysis.testbed.tokenizer import build
-from analysis.testbed.tower import StemClip, clip_config
+from analysis.refstamps import grammar
+from analysis.refstamps.scenes import scene
+from analysis.training import contrast, grow, instruct, loop, train
+from analysis.training.tokenizer import build
 
 NAMES = ["tiny-llava", "tiny-llava-next", "tiny-shikra", "tiny-minigpt-v2"]
 
@@ -39,8 +40,11 @@ def some_rows(model, scenes, alone=False):
     drawn = [scene("train", i) for i in scenes]
     seen = instruct.views(model, [s.image for s in drawn])
     with torch.no_grad():
-        return [(prefix, instruct.connected(model, v), blocks) for i, s, v in zip(scenes, drawn, seen)
-                for prefix, blocks in instruct.asked(model, s, np.random.default_rng(i), 4, alone)]
+        return [
+            (prefix, instruct.connected(model, v), blocks)
+            for i, s, v in zip(scenes, drawn, seen)
+            for prefix, blocks in instruct.asked(model, s, np.random.default_rng(i), 4, alone)
+        ]
 
 
 def states(model, rows):
@@ -66,7 +70,7 @@ def test_packed_blocks_equal_single_questions(tiny_model):
 def test_training_rows_are_evaluation_prompts(tiny_model):
     """What is trained on is what `evaluate` feeds: the tokens of the prompt and of the unpruned image."""
     drawn = scene("train", 0)
-    (prefix, image, [(suffix, answer)]), = some_rows(tiny_model, [0], alone=True)
+    ((prefix, image, [(suffix, answer)]),) = some_rows(tiny_model, [0], alone=True)
     found = grammar.rec_question(drawn, np.random.default_rng(0))
     expected = tiny_model.prompt(found[0])
     assert (prefix.tolist(), suffix) == (expected[0].tolist(), expected[1].tolist())
@@ -99,10 +103,20 @@ def test_packed_attention_is_attention(tiny_model):
 @torch.no_grad()
 def test_a_grown_model_computes_the_same():
     """Wider, deeper and with more words: the same states, zeros in the new channels."""
+
     def decoder(width, layers, words):
-        return LlamaModel(LlamaConfig(
-            vocab_size=words, hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers, rms_norm_eps=1e-12,
-            num_attention_heads=width // 32, num_key_value_heads=width // 32, attn_implementation="sdpa")).eval()
+        return LlamaModel(
+            LlamaConfig(
+                vocab_size=words,
+                hidden_size=width,
+                intermediate_size=3 * width,
+                num_hidden_layers=layers,
+                rms_norm_eps=1e-12,
+                num_attention_heads=width // 32,
+                num_key_value_heads=width // 32,
+                attn_implementation="sdpa",
+            )
+        ).eval()
 
     torch.manual_seed(0)
     small, large = decoder(64, 2, 30), decoder(96, 3, 33)

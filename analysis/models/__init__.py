@@ -1,6 +1,6 @@
 """Models by name: the embedded tiny ones, a local folder, or a Hugging Face name whose weights are already here.
 
-    python -m analysis.models     # the models that are known, what they need and how to get them
+python -m analysis.models     # the models that are known, what they need and how to get them
 """
 
 from __future__ import annotations
@@ -23,10 +23,12 @@ from analysis.registry import pick
 
 __all__ = ["FAMILIES", "KNOWN", "MODELS", "Model", "load"]
 
-_CHECKPOINTS = Path(__file__).parents[1] / "testbed" / "checkpoints"
+_CHECKPOINTS = Path(__file__).parents[1] / "checkpoints"
 
-MODELS: dict[str, Path] = {name: _CHECKPOINTS / name for name in (
-    "tiny-llava", "tiny-llava-wide", "tiny-llava-next", "tiny-shikra", "tiny-minigpt-v2")}
+MODELS: dict[str, Path] = {
+    name: _CHECKPOINTS / name
+    for name in ("tiny-llava", "tiny-llava-wide", "tiny-llava-next", "tiny-shikra", "tiny-minigpt-v2")
+}
 
 # config.json's model_type -> module with whole_class(config) and assemble(whole, source, name, revision, device)
 FAMILIES = {"llava": llava, "llava_next": llava_next, "shikra": shikra, "minigpt_v2": minigpt_v2}
@@ -54,7 +56,9 @@ KNOWN: dict[str, Known] = {  # by their name on the Hugging Face hub, where they
     "llava-hf/llava-1.5-13b-hf": Known(13.35, "576", 26.7, "Llama 2"),
     "llava-hf/llava-v1.6-vicuna-7b-hf": Known(7.06, "2340 at 640 x 480", 14.1, "Llama 2"),
     "llava-hf/llava-v1.6-mistral-7b-hf": Known(7.57, "2340 at 640 x 480", 15.1, "Apache 2.0"),
-    "Shikra-7B": Known(7.05, "256", None, "LLaMA, non-commercial", True, "python -m analysis.models.convert shikra --help"),
+    "Shikra-7B": Known(
+        7.05, "256", None, "LLaMA, non-commercial", True, "python -m analysis.models.convert shikra --help"
+    ),
     "MiniGPT-v2": Known(7.8, "256", None, "Llama 2", True, "python -m analysis.models.convert minigpt-v2 --help"),
 }
 
@@ -70,11 +74,13 @@ def _digest(folder: Path) -> str:
 
 def _missing(name: str, revision: str | None = None) -> str:
     if name in MODELS:
-        folder = f"analysis/testbed/checkpoints/{name}"
+        folder = f"analysis/checkpoints/{name}"
         return f"the checkpoint of {name!r} is not in {folder}; restore it with: git checkout -- {folder}"
     size = f" ({KNOWN[name].download} GB)" if name in KNOWN else ""
-    return (f"{name!r} is no local folder, and its weights are not on this machine; fetch them{size} with: "
-            f"hf download {name}" + (f" --revision {revision}" if revision else ""))
+    return (
+        f"{name!r} is no local folder, and its weights are not on this machine; fetch them{size} with: "
+        f"hf download {name}" + (f" --revision {revision}" if revision else "")
+    )
 
 
 def _find(name: str, revision: str | None) -> tuple[Path, str]:
@@ -82,7 +88,9 @@ def _find(name: str, revision: str | None) -> tuple[Path, str]:
     folder = MODELS.get(name, Path(name))
     if name not in MODELS and not folder.is_dir():
         if name in KNOWN and KNOWN[name].convert:
-            raise FileNotFoundError(f"{name} has to be converted: {KNOWN[name].convert}; then give the folder it writes")
+            raise FileNotFoundError(
+                f"{name} has to be converted: {KNOWN[name].convert}; then give the folder it writes"
+            )
         if name.count("/") != 1:
             pick(MODELS, name, "model (neither a local folder nor a Hugging Face name owner/model)")
         try:
@@ -110,8 +118,10 @@ def _check_config(stored: list[int], config: PreTrainedConfig, build: type[PreTr
     """Raises ValueError, before memory is taken, where config.json is of a far larger model than the weights are."""
     for part in (config.vision_config, config.text_config):
         if not 0 < part.num_hidden_layers <= len(stored):
-            raise ValueError(f"config.json has a part of {part.num_hidden_layers} layers, but the files hold "
-                             f"{len(stored)} weights in all")
+            raise ValueError(
+                f"config.json has a part of {part.num_hidden_layers} layers, but the files hold "
+                f"{len(stored)} weights in all"
+            )
     with torch.device("meta"):
         numbers = sum(weight.numel() for weight in build(config).parameters())
     if numbers > 2 * sum(stored):
@@ -155,8 +165,14 @@ def load(
         build, options = family.whole_class(config)
         _check_config(stored, config, build)
         whole, info = build.from_pretrained(
-            folder, config=config, dtype=dtype, attn_implementation=ATTENTION, local_files_only=True,
-            output_loading_info=True, use_safetensors=True, **options,
+            folder,
+            config=config,
+            dtype=dtype,
+            attn_implementation=ATTENTION,
+            local_files_only=True,
+            output_loading_info=True,
+            use_safetensors=True,
+            **options,
         )
         if wrong := {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}:
             raise ValueError(f"{name}: the weights do not fit config.json: {wrong}")

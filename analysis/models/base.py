@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from analysis import cascade
+from analysis.engine import shared_prefix as cascade
 from analysis.models import clip
 from analysis.types import Signals, VisualTokens
 
@@ -132,7 +132,9 @@ class Model:
             return weights[:, :, 0, 1:].mean(dim=1)
 
         return Signals(
-            patches=lambda: read[:, 1:], cls=lambda: read[:, 0], cls_attention=cls_attention,
+            patches=lambda: read[:, 1:],
+            cls=lambda: read[:, 0],
+            cls_attention=cls_attention,
             keys=lambda: final.self_attn.k_proj(final.layer_norm1(second_last)),
             cls_query=lambda: final.self_attn.q_proj(final.layer_norm1(second_last[:, 0])),
             clip_patches=lambda: self.clip().patches(self.tower, last),
@@ -180,8 +182,11 @@ def _normalisation(source: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
         written = {}
     found = [written.get(f"image_{key}", clip) for key, clip in (("mean", OPENAI_CLIP_MEAN), ("std", OPENAI_CLIP_STD))]
     for numbers in found:
-        if not (isinstance(numbers, list | tuple) and len(numbers) == 3 and
-                all(type(number) in (int, float) and abs(number) < 1e6 for number in numbers)):
+        if not (
+            isinstance(numbers, list | tuple)
+            and len(numbers) == 3
+            and all(type(number) in (int, float) and abs(number) < 1e6 for number in numbers)
+        ):
             raise ValueError(f"{source}: image_mean and image_std must be three numbers each, not {found!r:.100}")
     return tuple(found[0]), tuple(found[1])
 
@@ -216,9 +221,18 @@ def parts(whole: nn.Module, source: str, name: str, revision: str, device: str) 
     vision = whole.config.vision_config
     side = vision.image_size // vision.patch_size
     return dict(
-        name=name, revision=revision, grid=(side, side), tower=whole.model.vision_tower,
-        connector=whole.model.multi_modal_projector, decoder=whole.model.language_model, head=whole.lm_head,
-        embed=whole.get_input_embeddings(), tokenizer=tokenizer, image_token=whole.config.image_token_id,
-        eos=tokenizer.eos_token_id, mean=mean, std=std,
+        name=name,
+        revision=revision,
+        grid=(side, side),
+        tower=whole.model.vision_tower,
+        connector=whole.model.multi_modal_projector,
+        decoder=whole.model.language_model,
+        head=whole.lm_head,
+        embed=whole.get_input_embeddings(),
+        tokenizer=tokenizer,
+        image_token=whole.config.image_token_id,
+        eos=tokenizer.eos_token_id,
+        mean=mean,
+        std=std,
         clip=cache(lambda: clip.load(words, whole.device, whole.dtype, vision.hidden_size)),
     )

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoTokenizer, CLIPModel, PreTrainedTokenizerBase
 
-from analysis.testbed.tower import StemClip
+from analysis.models.stem import StemClip
 
 DEFAULT = "openai/clip-vit-large-patch14-336"  # the tower of LLaVA-1.5 and LLaVA-NeXT
 
@@ -64,6 +64,8 @@ def load(source: str | Path, device: torch.device, dtype: torch.dtype, width: in
             f"machine; fetch it with: hf download {source}"
         ) from error
     if width not in (None, model.visual_projection.in_features):
-        raise ValueError(f"the CLIP {str(source)!r} projects patches of width {model.visual_projection.in_features}, "
-                         f"the model's tower makes {width}; name its own CLIP as \"clip\" in config.json")
+        raise ValueError(
+            f"the CLIP {str(source)!r} projects patches of width {model.visual_projection.in_features}, "
+            f'the model\'s tower makes {width}; name its own CLIP as "clip" in config.json'
+        )
     return Clip(model.to(device).eval().requires_grad_(False), tokenizer)

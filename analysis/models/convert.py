@@ -24,7 +24,12 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from tqdm import tqdm
 from transformers import (
-    AutoTokenizer, Blip2VisionConfig, CLIPVisionConfig, LlamaConfig, PreTrainedConfig, PreTrainedModel,
+    AutoTokenizer,
+    Blip2VisionConfig,
+    CLIPVisionConfig,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
@@ -39,8 +44,15 @@ SHIKRA_CLIP = "openai/clip-vit-large-patch14"
 SHIKRA_SIDE = 224  # pixels; LLaVA's CLIP, of 336, would fit, too
 SHIKRA_WORDS = ("<im_patch>", "<im_start>", "<im_end>")
 # the tower of MiniGPT-v2: eva_vit_g.pth without its last block, at twice the side it was trained at
-EVA = dict(hidden_size=1408, intermediate_size=6144, num_hidden_layers=39, num_attention_heads=16, image_size=448,
-           patch_size=14, layer_norm_eps=1e-6)
+EVA = dict(
+    hidden_size=1408,
+    intermediate_size=6144,
+    num_hidden_layers=39,
+    num_attention_heads=16,
+    image_size=448,
+    patch_size=14,
+    layer_norm_eps=1e-6,
+)
 RANK, ALPHA = 64, 16  # of MiniGPT-v2's LoRA
 
 # what is looked for in a folder, best first
@@ -49,17 +61,22 @@ SHARD = "5GB"
 
 # (in the name of a weight of our class, in upstream's), applied in this order
 SHIKRA_NAMES = (
-    ("model.language_model.", "model."), ("model.multi_modal_projector.", "model.mm_projector."),
+    ("model.language_model.", "model."),
+    ("model.multi_modal_projector.", "model.mm_projector."),
     ("model.vision_tower.", "vision_model."),
 )
 MINIGPT_V2_NAMES = (
-    ("model.language_model.", "model."), ("model.multi_modal_projector.", "llama_proj."),
+    ("model.language_model.", "model."),
+    ("model.multi_modal_projector.", "llama_proj."),
     ("model.vision_tower.post_layernorm.", "ln_vision."),
     ("model.vision_tower.embeddings.class_embedding", "cls_token"),
     ("model.vision_tower.embeddings.position_embedding", "pos_embed"),
     ("model.vision_tower.embeddings.patch_embedding.", "patch_embed.proj."),
-    ("model.vision_tower.encoder.layers.", "blocks."), (".layer_norm1.", ".norm1."), (".layer_norm2.", ".norm2."),
-    (".self_attn.qkv.", ".attn.qkv."), (".self_attn.projection.", ".attn.proj."),
+    ("model.vision_tower.encoder.layers.", "blocks."),
+    (".layer_norm1.", ".norm1."),
+    (".layer_norm2.", ".norm2."),
+    (".self_attn.qkv.", ".attn.qkv."),
+    (".self_attn.projection.", ".attn.proj."),
 )
 
 # keys that are known and not needed, as patterns
@@ -90,11 +107,17 @@ def checked(weights: Weights, shapes: Mapping[str, tuple[int, ...]], source: str
     wrong = {
         "missing": [name for name in shapes if name not in weights],
         "left over": [name for name in weights if name not in shapes and not re.search(unused, name)],
-        "of another shape": [f"{name} {list(weights[name].shape)} instead of {list(shape)}"
-                             for name, shape in shapes.items() if name in weights and weights[name].shape != shape],
+        "of another shape": [
+            f"{name} {list(weights[name].shape)} instead of {list(shape)}"
+            for name, shape in shapes.items()
+            if name in weights and weights[name].shape != shape
+        ],
     }
-    if said := [f"{kind}: {', '.join(names[:8])}" + f" and {len(names) - 8} more" * (len(names) > 8)
-                for kind, names in wrong.items() if names]:
+    if said := [
+        f"{kind}: {', '.join(names[:8])}" + f" and {len(names) - 8} more" * (len(names) > 8)
+        for kind, names in wrong.items()
+        if names
+    ]:
         raise ValueError(f"{source} does not have the weights it should have; {'; '.join(said)}")
     return {name: weights[name] for name in shapes}
 
@@ -151,8 +174,13 @@ def _lora(name: str, side: str) -> str:
 
 
 def minigpt_v2_weights(
-    checkpoint: Weights, eva: Weights, llama: Weights, config: MiniGPTv2Config, dtype: torch.dtype = torch.float16,
-    rank: int = RANK, alpha: float = ALPHA,
+    checkpoint: Weights,
+    eva: Weights,
+    llama: Weights,
+    config: MiniGPTv2Config,
+    dtype: torch.dtype = torch.float16,
+    rank: int = RANK,
+    alpha: float = ALPHA,
 ) -> dict[str, Tensor]:
     """The weights of `MiniGPTv2ForConditionalGeneration` from dictionaries in upstream's names.
 
@@ -178,8 +206,9 @@ def minigpt_v2_weights(
         eva["pos_embed"] = resized_positions(eva["pos_embed"], vision.image_size // vision.patch_size)
     llama = checked(llama, base, "Llama-2", BUFFERS)
     one_more = rf"^blocks\.{vision.num_hidden_layers}\."  # EVA's own last block, which upstream leaves out
-    found = (checked(eva, tower, "EVA", f"{EVA_UNUSED}|{one_more}")
-             | checked(checkpoint, own, "the checkpoint", rf"{BUFFERS}|^visual_encoder\."))
+    found = checked(eva, tower, "EVA", f"{EVA_UNUSED}|{one_more}") | checked(
+        checkpoint, own, "the checkpoint", rf"{BUFFERS}|^visual_encoder\."
+    )
     whole = {}
     for ours, (theirs, _) in tqdm(names.items(), "merging", unit=" weights", leave=False):
         if theirs.endswith("qkv.bias"):
@@ -215,7 +244,8 @@ def read(source: Path) -> dict:
         raise
     except Exception as error:  # cut files make torch fail in many ways, struct.error and IndexError among them
         raise ValueError(
-            f"{source} is cut off, or holds more than weights, and is not read; download it again") from error
+            f"{source} is cut off, or holds more than weights, and is not read; download it again"
+        ) from error
 
 
 def tensors(found: object, source: Path) -> dict[str, Tensor]:
@@ -237,8 +267,9 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """A folder's tokenizer; ImportError with the command to run where it takes a package that is not installed."""
     old = (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file()
     if old and not (is_sentencepiece_available() and is_protobuf_available()):
-        raise ImportError(f"{folder} has a tokenizer.model and no tokenizer.json; to read it: "
-                          f"pip install sentencepiece protobuf")
+        raise ImportError(
+            f"{folder} has a tokenizer.model and no tokenizer.json; to read it: pip install sentencepiece protobuf"
+        )
     return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
@@ -249,7 +280,10 @@ def refuse_full(out: Path) -> None:
 
 
 def write(
-    out: Path, build: type[PreTrainedModel], config: PreTrainedConfig, weights: Weights,
+    out: Path,
+    build: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    weights: Weights,
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     """Write a folder that `models.load` takes. It has its name only when it is whole: until then it lies in
@@ -258,8 +292,12 @@ def write(
         whole = build(config)
     whole.load_state_dict(weights, assign=True)
     side = config.vision_config.image_size
-    pixels = dict(image_processor_type="CLIPImageProcessor", image_mean=OPENAI_CLIP_MEAN, image_std=OPENAI_CLIP_STD,
-                  size=dict(height=side, width=side))
+    pixels = dict(
+        image_processor_type="CLIPImageProcessor",
+        image_mean=OPENAI_CLIP_MEAN,
+        image_std=OPENAI_CLIP_STD,
+        size=dict(height=side, width=side),
+    )
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as beside:
         folder = Path(beside) / out.name
@@ -280,15 +318,24 @@ def shikra(delta: Path, llama: Path, clip: Path, out: Path, dtype: str = "float1
     if absent := [word for word in SHIKRA_WORDS if word not in words]:
         raise ValueError(f"the tokenizer in {delta} has no {', '.join(absent)}; --delta should be Shikra's own folder")
     if max(words.values()) >= text.vocab_size:
-        raise ValueError(f"the tokenizer in {delta} has IDs up to {max(words.values())}, but its config.json says "
-                         f"vocab_size {text.vocab_size}; both should be those of one download")
+        raise ValueError(
+            f"the tokenizer in {delta} has IDs up to {max(words.values())}, but its config.json says "
+            f"vocab_size {text.vocab_size}; both should be those of one download"
+        )
     vision = read_config(CLIPVisionConfig, clip)
     if vision.image_size != SHIKRA_SIDE:
-        raise ValueError(f"the tower in {clip} takes images of {vision.image_size} pixels; --clip should be "
-                         f"{SHIKRA_CLIP}, which takes {SHIKRA_SIDE}")
+        raise ValueError(
+            f"the tower in {clip} takes images of {vision.image_size} pixels; --clip should be "
+            f"{SHIKRA_CLIP}, which takes {SHIKRA_SIDE}"
+        )
     config = ShikraConfig(
-        vision_config=vision, text_config=text, vision_feature_layer=-2, clip=SHIKRA_CLIP,
-        image_token_index=words["<im_patch>"], image_seq_length=(vision.image_size // vision.patch_size) ** 2)
+        vision_config=vision,
+        text_config=text,
+        vision_feature_layer=-2,
+        clip=SHIKRA_CLIP,
+        image_token_index=words["<im_patch>"],
+        image_seq_length=(vision.image_size // vision.patch_size) ** 2,
+    )
     weights = shikra_weights(read(delta), read(llama), read(clip), config, getattr(torch, dtype))
     write(out, ShikraForConditionalGeneration, config, weights, tokenizer)
 
@@ -310,8 +357,12 @@ def minigpt_v2(checkpoint: Path, eva: Path, llama: Path, out: Path, dtype: str =
         width = vision["hidden_size"]
         own = own | {"ln_vision.weight": torch.ones(width), "ln_vision.bias": torch.zeros(width)}
     # MiniGPTv2 cuts prompts at "<ImageHere>" before they are tokenized, so that no ID stands for the image
-    config = MiniGPTv2Config(vision_config=Blip2VisionConfig(**vision), text_config=text, vision_feature_layer=-1,
-                             image_token_index=text.vocab_size)
+    config = MiniGPTv2Config(
+        vision_config=Blip2VisionConfig(**vision),
+        text_config=text,
+        vision_feature_layer=-1,
+        image_token_index=text.vocab_size,
+    )
     weights = minigpt_v2_weights(own, tensors(read(eva), eva), read(llama), config, getattr(torch, dtype))
     write(out, MiniGPTv2ForConditionalGeneration, config, weights, tokenizer)
 
@@ -327,21 +378,33 @@ def main(arguments: list[str] | None = None) -> None:
             metavar, _, words = words.partition(": ")
             kind.add_argument(f"--{option}", type=Path, required=True, metavar=metavar, help=words)
         kind.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="what is written: a new folder")
-        kind.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], default="float16",
-                          help="of the weights written; %(default)s, as upstream, if not given")
+        kind.add_argument(
+            "--dtype",
+            choices=["float16", "bfloat16", "float32"],
+            default="float16",
+            help="of the weights written; %(default)s, as upstream, if not given",
+        )
         kind.set_defaults(convert=convert)
 
-    command("shikra", shikra, "Shikra-7B: its delta added to LLaMA-7B, with CLIP's tower; 14 GB.",
-            delta="FOLDER: where you put hf download shikras/shikra-7b-delta-v1 (14 GB; the model of the paper)",
-            llama="FOLDER: LLaMA-7B, the first LLaMA, in Hugging Face form (13.5 GB; Meta grants access on request)",
-            clip=f"FOLDER: where you put hf download {SHIKRA_CLIP} (1.7 GB; the one of 224 pixels)")
-    command("minigpt-v2", minigpt_v2, "MiniGPT-v2: its LoRA merged into Llama-2-chat-7B, with EVA's tower; 16 GB.",
-            checkpoint="FILE: a MiniGPT-v2 .pth (some 0.2 GB of LoRA and connector) by the links in the README of "
-                       "github.com/Vision-CAIR/MiniGPT-4",
-            eva="FILE: eva_vit_g.pth (2 GB) from "
-                "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/eva_vit_g.pth",
-            llama="FOLDER: where you put hf download meta-llama/Llama-2-7b-chat-hf (13.5 GB; Meta grants access on "
-                  "request)")
+    command(
+        "shikra",
+        shikra,
+        "Shikra-7B: its delta added to LLaMA-7B, with CLIP's tower; 14 GB.",
+        delta="FOLDER: where you put hf download shikras/shikra-7b-delta-v1 (14 GB; the model of the paper)",
+        llama="FOLDER: LLaMA-7B, the first LLaMA, in Hugging Face form (13.5 GB; Meta grants access on request)",
+        clip=f"FOLDER: where you put hf download {SHIKRA_CLIP} (1.7 GB; the one of 224 pixels)",
+    )
+    command(
+        "minigpt-v2",
+        minigpt_v2,
+        "MiniGPT-v2: its LoRA merged into Llama-2-chat-7B, with EVA's tower; 16 GB.",
+        checkpoint="FILE: a MiniGPT-v2 .pth (some 0.2 GB of LoRA and connector) by the links in the README of "
+        "github.com/Vision-CAIR/MiniGPT-4",
+        eva="FILE: eva_vit_g.pth (2 GB) from "
+        "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/eva_vit_g.pth",
+        llama="FOLDER: where you put hf download meta-llama/Llama-2-7b-chat-hf (13.5 GB; Meta grants access on "
+        "request)",
+    )
     given = vars(parser.parse_args(arguments))
     del given["kind"]
     try:

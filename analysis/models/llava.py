@@ -10,7 +10,7 @@ from __future__ import annotations
 from transformers import LlavaForConditionalGeneration
 
 from analysis.models import base
-from analysis.testbed.tower import install_stem
+from analysis.models.stem import install_stem
 
 REC_QUESTION = "Please provide the bounding box coordinate of the region this sentence describes: {}"
 

@@ -23,7 +23,7 @@ from transformers import LlavaNextForConditionalGeneration, LlavaNextImageProces
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 
 from analysis.models import base, llava
-from analysis.testbed.tower import install_stem
+from analysis.models.stem import install_stem
 from analysis.types import Signals, VisualTokens
 
 
@@ -76,13 +76,18 @@ class LlavaNext(base.Model):
             return tokens.unflatten(0, (-1, 1 + tiles))[:, 1:].flatten(1, 2)[:, place]
 
         closer = Signals(
-            patches=lambda: laid(views.patches), cls=lambda: views.cls[first],
-            cls_attention=lambda: laid(views.cls_attention), cls_query=lambda: views.cls_query[first],
+            patches=lambda: laid(views.patches),
+            cls=lambda: views.cls[first],
+            cls_attention=lambda: laid(views.cls_attention),
+            cls_query=lambda: views.cls_query[first],
             keys=lambda: torch.cat([views.keys[first, :1], laid(views.keys[:, 1:])], dim=1),
             clip_patches=lambda: laid(views.clip_patches),
         )
         return VisualTokens(
-            features[first], self.grid, views.take(first), self.connector,
+            features[first],
+            self.grid,
+            views.take(first),
+            self.connector,
             tiles=VisualTokens(laid(features), tuple(index.shape), closer, self.connector, newline=self.newline),
         )
 
@@ -106,7 +111,9 @@ def assemble(whole: LlavaNextForConditionalGeneration, **where) -> LlavaNext:
     if config.text_config.model_type == "mistral":
         fields["chat"] = "[INST] {} [/INST]"
     return LlavaNext(
-        **fields, layer=base.feature_layer(config), newline=whole.model.image_newline,
+        **fields,
+        layer=base.feature_layer(config),
+        newline=whole.model.image_newline,
         frame=getattr(config, "frame", "padded"),
         processor=LlavaNextImageProcessorPil.from_pretrained(where["source"], local_files_only=True),
     )

@@ -17,10 +17,17 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, Blip2VisionConfig, Blip2VisionModel, LlavaConfig, LlavaForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    Blip2VisionConfig,
+    Blip2VisionModel,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 
 from analysis.models import base
-from analysis.testbed.tower import install_stem
+from analysis.models.stem import install_stem
 from analysis.types import Signals
 
 STRIP = 4
@@ -86,8 +93,11 @@ class MiniGPTv2(base.Model):
             return torch.cat([all_keys[:, :1], strips(all_keys[:, 1:]).mean(dim=2)], dim=1)
 
         return Signals(
-            patches=lambda: strips(read[:, 1:]).flatten(2), cls=lambda: read[:, 0].repeat(1, STRIP),
-            cls_attention=cls_attention, keys=keys, cls_query=lambda: part(0)[:, 0],
+            patches=lambda: strips(read[:, 1:]).flatten(2),
+            cls=lambda: read[:, 0].repeat(1, STRIP),
+            cls_attention=cls_attention,
+            keys=keys,
+            cls_query=lambda: part(0)[:, 0],
         )
 
     def texts(self, expressions: Sequence[str]) -> dict[str, Callable[[], Tensor]]:
@@ -98,8 +108,10 @@ class MiniGPTv2(base.Model):
         if len(segments) != 2:
             raise ValueError(f"a prompt needs exactly one image, got {len(segments) - 1} in {message!r}")
         before, after = (self.tokenizer(text, add_special_tokens=False).input_ids for text in segments)
-        return (torch.tensor([self.tokenizer.bos_token_id, *before], device=self.device),
-                torch.tensor(after, device=self.device))
+        return (
+            torch.tensor([self.tokenizer.bos_token_id, *before], device=self.device),
+            torch.tensor(after, device=self.device),
+        )
 
 
 def whole_class(config: MiniGPTv2Config) -> tuple[type, dict]:
@@ -113,5 +125,8 @@ def assemble(whole: MiniGPTv2ForConditionalGeneration, **where) -> MiniGPTv2:
     rows, columns = fields["grid"]
     if columns % STRIP:
         raise ValueError(f"{fields['name']}: {columns} patches in a row do not split into strips of {STRIP}")
-    return MiniGPTv2(**fields | dict(grid=(rows, columns // STRIP)), chat="<s>[INST] {} [/INST]",
-                     layer=whole.config.vision_config.num_hidden_layers)
+    return MiniGPTv2(
+        **fields | dict(grid=(rows, columns // STRIP)),
+        chat="<s>[INST] {} [/INST]",
+        layer=whole.config.vision_config.num_hidden_layers,
+    )

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from analysis.models import base
-from analysis.testbed.tower import install_stem
+from analysis.models.stem import install_stem
 
 
 class ShikraConfig(LlavaConfig):

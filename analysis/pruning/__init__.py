@@ -17,7 +17,16 @@ import yaml
 from torch import Tensor
 
 from analysis.pruning import (
-    cls_similarity, divprune, fastervlm, none, prumerge, random, spatial, text_similarity, trim, visionzip,
+    cls_similarity,
+    divprune,
+    fastervlm,
+    none,
+    prumerge,
+    random,
+    spatial,
+    text_similarity,
+    trim,
+    visionzip,
 )
 from analysis.pruning._budget import budget
 from analysis.registry import pick
@@ -97,5 +106,11 @@ def select(prune: Pruner, visual: VisualTokens, keep: float | None, seeds: Seque
         return made
     start = visual.length - visual.tiles.length
     closer = select(prune, visual.tiles, keep, [seed + 1 for seed in seeds])
-    return [Selection(torch.cat([a.features, b.features]), torch.cat([a.origin, b.origin + start]),
-                      torch.cat([a.synthetic, b.synthetic])) for a, b in zip(made, closer)]
+    return [
+        Selection(
+            torch.cat([a.features, b.features]),
+            torch.cat([a.origin, b.origin + start]),
+            torch.cat([a.synthetic, b.synthetic]),
+        )
+        for a, b in zip(made, closer)
+    ]

@@ -89,7 +89,8 @@ def append(chosen: Selection, features: Tensor, origin: Tensor) -> Selection:
     """One image with synthetic tokens after its own. features: [M, D]; origin: [M] int64."""
     synthetic = torch.ones_like(origin, dtype=torch.bool)
     return Selection(
-        torch.cat([chosen.features, features]), torch.cat([chosen.origin, origin]),
+        torch.cat([chosen.features, features]),
+        torch.cat([chosen.origin, origin]),
         torch.cat([chosen.synthetic, synthetic]),
     )
 

@@ -70,7 +70,11 @@ def _merged(visual: VisualTokens, index: Tensor, attention: Tensor) -> Tensor:
 
 
 def prune(
-    visual: VisualTokens, keep: float | None, *, seeds: Sequence[int] = (), plus: bool = False,
+    visual: VisualTokens,
+    keep: float | None,
+    *,
+    seeds: Sequence[int] = (),
+    plus: bool = False,
     anchor: str = "centroid",
 ) -> list[Selection]:
     """The most attended tokens, merged with their neighbours, best first, then the leftover token.

@@ -22,7 +22,9 @@ from analysis.types import Selection, VisualTokens, kept
 
 def scores(visual: VisualTokens, about: str = "expression") -> Tensor:
     """[B, N]. Raises ValueError on an unknown text."""
-    words = text(visual.signals, about)[:, None]  # first, so that a model without a text tower is told that it lacks one
+    words = text(visual.signals, about)[
+        :, None
+    ]  # first, so that a model without a text tower is told that it lacks one
     return cosine_similarity(visual.signals.clip_patches.float(), words, dim=-1)
 
 

@@ -27,14 +27,21 @@ from analysis.types import Selection, VisualTokens
 
 def scores(visual: VisualTokens, about: str = "prompt", lowest: bool = True) -> Tensor:
     """[B, N]. Raises ValueError on an unknown text or option."""
-    words = text(visual.signals, about)[..., None]  # first, so that a model without a text tower is told that it lacks one
+    words = text(visual.signals, about)[
+        ..., None
+    ]  # first, so that a model without a text tower is told that it lacks one
     similarity = (visual.signals.clip_patches.float() @ words)[..., 0]
     return (-similarity if flag(lowest, "lowest") else similarity).softmax(dim=1)
 
 
 def prune(
-    visual: VisualTokens, keep: float | None, *, seeds: Sequence[int] = (), about: str = "prompt",
-    anchor: str = "centroid", lowest: bool = True,
+    visual: VisualTokens,
+    keep: float | None,
+    *,
+    seeds: Sequence[int] = (),
+    about: str = "prompt",
+    anchor: str = "centroid",
+    lowest: bool = True,
 ) -> list[Selection]:
     """The tokens least (or most) like the text, then the mean of the others. Raises ValueError on a bad keep or option."""
     score = scores(visual, about, lowest)

@@ -18,10 +18,10 @@ import pandas as pd
 from PIL import Image
 from tqdm import tqdm
 
-from ..registry import pick
-from ..testbed.grammar import control_questions, expressions
-from ..testbed.scenes import scene
-from . import refcoco
+from analysis.rec import refcoco
+from analysis.refstamps.grammar import control_questions, expressions
+from analysis.refstamps.scenes import scene
+from analysis.registry import pick
 
 IMAGES = 1500  # images of a whole RefStamps split, as in RefCOCO val
 SPLITS = {
@@ -57,8 +57,9 @@ def _drawn(name: str, split: str, rows: list[dict]) -> RecDataset:
 def _common(split: str, index: int, what: int | str, sentence: int, text: str, size: tuple[int, int]) -> dict:
     """The columns that every row on a scene has; what: the object or the task that is asked about."""
     image_id = f"{split}_{index:05d}"
-    return dict(image_id=image_id, ref_id=f"{image_id}_{what}", sent_id=sentence, expression=text,
-                width=size[0], height=size[1])
+    return dict(
+        image_id=image_id, ref_id=f"{image_id}_{what}", sent_id=sentence, expression=text, width=size[0], height=size[1]
+    )
 
 
 def refstamps(name: str, split: str, limit: int | None = None) -> RecDataset:
@@ -70,8 +71,10 @@ def refstamps(name: str, split: str, limit: int | None = None) -> RecDataset:
         said = expressions(drawn, name)
         for sentence, (text, target) in enumerate(said):
             box = drawn.objects[target].box
-            rows.append(_common(split, index, target, sentence, text, drawn.size)
-                        | dict(zip(("x1", "y1", "x2", "y2"), map(float, box))))
+            rows.append(
+                _common(split, index, target, sentence, text, drawn.size)
+                | dict(zip(("x1", "y1", "x2", "y2"), map(float, box)))
+            )
         taken += bool(said)
         bar.update(bool(said))
         index += 1
@@ -84,8 +87,10 @@ def refstamps_control(name: str, split: str, limit: int | None = None) -> RecDat
     rows = []
     for index in tqdm(range(limit or IMAGES), desc=f"{name} {split}", unit="image", leave=False):
         drawn = scene(split, index)
-        rows += [_common(split, index, task, sentence, question, drawn.size) | dict(task=task, answer=answer)
-                 for sentence, (task, question, answer) in enumerate(control_questions(drawn))]
+        rows += [
+            _common(split, index, task, sentence, question, drawn.size) | dict(task=task, answer=answer)
+            for sentence, (task, question, answer) in enumerate(control_questions(drawn))
+        ]
     return _drawn(name, split, rows)
 
 
@@ -96,16 +101,24 @@ def annotation_files(dataset: str, split: str, path: str | Path) -> list[Path]:
     """
     path, by = Path(path), "umd" if dataset == "refcocog" else "unc"
     jxu124 = {"val": "validation", "testA": "test"}.get(split, split)
-    names = [f"{dataset}_{split}.json", f"{dataset}_{split}.jsonl", f"REC_{dataset}_{by}_{split}.jsonl",
-             f"refs({by}).p", f"{split}-*.parquet", f"{jxu124}-*.parquet"]
+    names = [
+        f"{dataset}_{split}.json",
+        f"{dataset}_{split}.jsonl",
+        f"REC_{dataset}_{by}_{split}.jsonl",
+        f"refs({by}).p",
+        f"{split}-*.parquet",
+        f"{jxu124}-*.parquet",
+    ]
     if path.is_file():
         return [path]
     for name in names:
         for folder in (path, path / dataset, path / "data"):
             if found := sorted(folder.glob(name)):
                 return found
-    raise FileNotFoundError(f"{path} holds no annotations of {dataset} {split}; known names there, in {dataset}/ and "
-                            f"in data/: {', '.join(names)}")
+    raise FileNotFoundError(
+        f"{path} holds no annotations of {dataset} {split}; known names there, in {dataset}/ and "
+        f"in data/: {', '.join(names)}"
+    )
 
 
 def _counted(rows: pd.DataFrame, dataset: str, split: str) -> pd.DataFrame:
@@ -139,11 +152,16 @@ def _downloaded(repository: str, pattern: str) -> list[Path]:
         reason = str(error).splitlines()[0]
     raise FileNotFoundError(
         f"{repository} could not be downloaded ({reason}). With a network, run: hf download --repo-type dataset "
-        f"{repository} --include '{pattern}'; or give annotations=<file or folder> and images=<COCO train2014>")
+        f"{repository} --include '{pattern}'; or give annotations=<file or folder> and images=<COCO train2014>"
+    )
 
 
 def _refcoco(
-    dataset: str, split: str, limit: int | None, path: str | Path | None, images: str | Path | None,
+    dataset: str,
+    split: str,
+    limit: int | None,
+    path: str | Path | None,
+    images: str | Path | None,
 ) -> RecDataset:
     if path is None:
         files = _downloaded(f"lmms-lab/{HUB[dataset]}", f"data/{split}-*.parquet")
@@ -163,7 +181,10 @@ def _refcoco(
 
 
 def load(
-    dataset: str, split: str, limit: int | None = None, annotations: str | Path | None = None,
+    dataset: str,
+    split: str,
+    limit: int | None = None,
+    annotations: str | Path | None = None,
     images: str | Path | None = None,
 ) -> RecDataset:
     """A data set by name; limit: number of images, the first of the split (None: all).
@@ -180,6 +201,7 @@ def load(
     if dataset in refcoco.COUNTS:
         return _refcoco(dataset, split, limit, annotations, images)
     if annotations or images:
-        raise ValueError(f"{dataset} is drawn from seeds and takes no annotations or images; "
-                         f"these do: {', '.join(refcoco.COUNTS)}")
+        raise ValueError(
+            f"{dataset} is drawn from seeds and takes no annotations or images; these do: {', '.join(refcoco.COUNTS)}"
+        )
     return (refstamps_control if dataset == "refstamps-control" else refstamps)(dataset, split, limit)

@@ -53,34 +53,50 @@ class Form(NamedTuple):
 def _jxu124(record: dict, _: dict) -> dict:
     """raw_anns and raw_image_info are COCO's own records as JSON; raw_anns may be "{}"."""
     image, known = (_parsed(record[key], key) for key in ("raw_image_info", "raw_anns"))
-    return dict(file_name=record["image_path"], ref_id=record["ref_id"], split=record["split"], box=record["bbox"],
-                expression=[said["sent"] for said in record["sentences"]], width=image["width"], height=image["height"],
-                true_box=known.get("bbox"))
+    return dict(
+        file_name=record["image_path"],
+        ref_id=record["ref_id"],
+        split=record["split"],
+        box=record["bbox"],
+        expression=[said["sent"] for said in record["sentences"]],
+        width=image["width"],
+        height=image["height"],
+        true_box=known.get("bbox"),
+    )
 
 
 def _refer(record: dict, instances: dict) -> dict:
     image, known = instances["images"].get(record["image_id"]), instances["annotations"].get(record["ann_id"])
     if not (image and known):
         raise ValueError(f"instances.json lacks image {record['image_id']} or annotation {record['ann_id']}")
-    return image | known | dict(ref_id=record["ref_id"], split=record["split"],
-                                expression=[said["sent"] for said in record["sentences"]])
+    return (
+        image
+        | known
+        | dict(
+            ref_id=record["ref_id"], split=record["split"], expression=[said["sent"] for said in record["sentences"]]
+        )
+    )
 
 
 def _flat(names: str, said: str, ref: str | None = None) -> Callable[[dict, dict], dict]:
     """The forms that need only their keys renamed."""
+
     def row(record: dict, _: dict) -> dict:
         size = {side: record[side] for side in SIZE if side in record}
         ids = {"ref_id": record[ref]} if ref else {}
         return dict(file_name=record[names], expression=record[said], box=record["bbox"]) | ids | size
+
     return row
 
 
 FORMS = {  # the first whose keys a record has
     "jxu124 Parquet": Form(
-        ["ref_id", "image_path", "split", "sentences", "bbox", "raw_anns", "raw_image_info"], None, _jxu124),
+        ["ref_id", "image_path", "split", "sentences", "bbox", "raw_anns", "raw_image_info"], None, _jxu124
+    ),
     "refer pickle": Form(["ref_id", "ann_id", "image_id", "split", "sentences"], "xywh", _refer),
     "lmms-lab Parquet": Form(
-        ["question_id", "file_name", "answer", "bbox"], "xywh", _flat("file_name", "answer", "question_id")),
+        ["question_id", "file_name", "answer", "bbox"], "xywh", _flat("file_name", "answer", "question_id")
+    ),
     "MiniGPT-v2 JSON": Form(["img_id", "sents", "bbox", *SIZE], "xywh", _flat("img_id", "sents", "img_id")),
     "Qwen-VL JSON lines": Form(["image", "sent", "bbox", *SIZE], "xyxy", _flat("image", "sent")),
     "Shikra JSON lines": Form(["img_path", "expression", "bbox"], "xyxy", _flat("img_path", "expression")),
@@ -100,8 +116,10 @@ class _Plain(pickle._Unpickler):  # the one written in Python: the one in C allo
     dispatch = pickle._Unpickler.dispatch | {
         pickle.EMPTY_TUPLE[0]: lambda self: self.append([]),
         **dict.fromkeys((pickle.TUPLE[0], pickle.FROZENSET[0]), lambda self: self.append(self.pop_mark())),
-        **{code[0]: lambda self, n=n: self.stack.__setitem__(slice(-n, None), [self.stack[-n:]])
-           for n, code in enumerate((pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3), 1)},
+        **{
+            code[0]: lambda self, n=n: self.stack.__setitem__(slice(-n, None), [self.stack[-n:]])
+            for n, code in enumerate((pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3), 1)
+        },
     }
 
     def find_class(self, module: str, name: str) -> Any:
@@ -166,8 +184,10 @@ def _instances(file: Path) -> dict[str, dict]:
     """COCO's images (file_name, width, height) and annotations (box) by their IDs."""
     try:
         content = _parsed(file.read_text(encoding="utf-8"), str(file))
-        return {"images": {i["id"]: {key: i[key] for key in ("file_name", *SIZE)} for i in content["images"]},
-                "annotations": {a["id"]: {"box": a["bbox"]} for a in content["annotations"]}}
+        return {
+            "images": {i["id"]: {key: i[key] for key in ("file_name", *SIZE)} for i in content["images"]},
+            "annotations": {a["id"]: {"box": a["bbox"]} for a in content["annotations"]},
+        }
     except (KeyError, TypeError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} is no COCO instances file with images and annotations: {error!r}") from error
 
@@ -201,7 +221,7 @@ _VALID = {
     "true_box": ("four finite numbers or nothing", lambda x: x is None or _is_box(x)),
     "width": ("whole pixels", _is_side),
     "height": ("whole pixels", _is_side),
-    "ref_id": ("a number or a text", lambda x: _is_text(x) or isinstance(x, int) and abs(x) < 2**63),
+    "ref_id": ("a number or a text", lambda x: _is_text(x) or (isinstance(x, int) and abs(x) < 2**63)),
     "split": ("a text", _is_text),
 }
 
@@ -242,8 +262,10 @@ def folder_images(names: Sequence[str], folder: str | Path) -> Callable[[str], I
     """image(image_id) of the named files in a folder. FileNotFoundError, naming the first, if any is missing."""
     paths = {Path(name).stem: Path(folder) / name for name in names}
     if missing := [path for path in paths.values() if not os.path.isfile(path)]:
-        raise FileNotFoundError(f"{len(missing)} of {len(paths)} images are missing, first {missing[0]}; the folder is "
-                                f"to hold COCO train2014: {FETCH}")
+        raise FileNotFoundError(
+            f"{len(missing)} of {len(paths)} images are missing, first {missing[0]}; the folder is "
+            f"to hold COCO train2014: {FETCH}"
+        )
     return lambda image_id: Image.open(paths[image_id])
 
 
@@ -306,8 +328,10 @@ def _sizes(names: pd.Series, files: Sequence[Path], instances: dict, images: Pat
             with _readable(name), image(Path(name).stem) as opened:
                 known[name] = opened.size
     else:
-        raise ValueError(f"{files[0]} does not say how large its images are: give instances=<instances.json> or "
-                         "images=<folder of COCO train2014>")
+        raise ValueError(
+            f"{files[0]} does not say how large its images are: give instances=<instances.json> or "
+            "images=<folder of COCO train2014>"
+        )
     if wrong := [name for name in distinct if not all(map(_is_side, known[name]))]:
         raise ValueError(f"the instances have no width and height in whole pixels for {wrong[0]}")
     return np.array([known[name] for name in names])
@@ -329,8 +353,9 @@ def _ordered(boxes: np.ndarray, rows: pd.DataFrame, file: Path) -> np.ndarray:
         fits = [order for order, box in readings.items() if np.abs(box - true).max() < 0.01]
     else:
         limit = rows[SIZE].to_numpy() + SLACK
-        fits = [order for order, box in readings.items()
-                if (box[:, :2] < box[:, 2:]).all() and (box[:, 2:] <= limit).all()]
+        fits = [
+            order for order, box in readings.items() if (box[:, :2] < box[:, 2:]).all() and (box[:, 2:] <= limit).all()
+        ]
     if len(fits) != 1:
         fit = "fit both as xyxy and as xywh" if fits else "fit neither as xyxy nor as xywh"
         raise ValueError(f"the boxes in {file} {fit}; COCO's own bbox in every raw_anns would settle their order")
@@ -356,13 +381,18 @@ def _clipped(rows: pd.DataFrame) -> pd.DataFrame:
     check_boxes(rows)
     moved = rows["ref_id"][out > 0].unique()
     if len(moved):
-        warnings.warn(f"{len(moved)} boxes stuck out of their image, by at most {out.max():.2f} px, and were clipped; "
-                      f"first: ref_id {moved[0]}", stacklevel=3)
+        warnings.warn(
+            f"{len(moved)} boxes stuck out of their image, by at most {out.max():.2f} px, and were clipped; "
+            f"first: ref_id {moved[0]}",
+            stacklevel=3,
+        )
     return rows
 
 
 def read(
-    path: str | Path | Sequence[Path], split: str | None = None, instances: str | Path | None = None,
+    path: str | Path | Sequence[Path],
+    split: str | None = None,
+    instances: str | Path | None = None,
     images: str | Path | None = None,
 ) -> pd.DataFrame:
     """The annotations in a file, in a `refer` folder or in the files of one Parquet table: a frame with `COLUMNS`.
@@ -414,17 +444,23 @@ def unc_val(lmms: pd.DataFrame, unc: pd.DataFrame) -> pd.DataFrame:
     unc: the standard split in any form (UNC; UMD for RefCOCOg). Objects are joined on file name and box (0.01 px); one
     listed twice, with the same expressions, is kept once. Prints how many were found. ValueError where none was.
     """
+
     def objects(rows: pd.DataFrame) -> pd.DataFrame:
         rows = rows.assign(**rows[TRUTH].round(2))
-        return rows.groupby("ref_id", sort=False).agg(
-            {"file_name": "first"} | dict.fromkeys(TRUTH, "first") | {"expression": tuple}).reset_index()
+        return (
+            rows.groupby("ref_id", sort=False)
+            .agg({"file_name": "first"} | dict.fromkeys(TRUTH, "first") | {"expression": tuple})
+            .reset_index()
+        )
 
     where = ["file_name", *TRUTH]
     theirs, wanted = objects(lmms).drop_duplicates([*where, "expression"]), objects(unc)[where].drop_duplicates()
     found = theirs.merge(wanted, on=where)
     lost = len(wanted) - len(found[where].drop_duplicates())
-    print(f"{len(wanted) - lost} of the {len(wanted)} boxes of the standard split are there, {lost} are missing; "
-          f"{len(theirs) - len(found)} objects are of other splits")
+    print(
+        f"{len(wanted) - lost} of the {len(wanted)} boxes of the standard split are there, {lost} are missing; "
+        f"{len(theirs) - len(found)} objects are of other splits"
+    )
     if found.empty:
         raise ValueError("no object of the standard split is among these rows; are both of the same data set?")
     return lmms[lmms["ref_id"].isin(found["ref_id"])].reset_index(drop=True)

@@ -91,8 +91,10 @@ def score(rows: pd.DataFrame, frame: str | None = None, convention: str | None =
     unanswered = np.array([not isinstance(raw, str) for raw in rows["raw"]], dtype=bool)
     if unanswered.any():
         first = rows[unanswered].iloc[0]
-        raise ValueError(f"{unanswered.sum()} rows have no raw answer, first: ref_id {first['ref_id']}; an "
-                         f"empty answer is '', not {first['raw']!r:.60}")
+        raise ValueError(
+            f"{unanswered.sum()} rows have no raw answer, first: ref_id {first['ref_id']}; an "
+            f"empty answer is '', not {first['raw']!r:.60}"
+        )
     sizes, truth = rows[SIZE].to_numpy(np.float64), rows[TRUTH].to_numpy(np.float64)
     fractions, pixels = _parse(rows), np.full((len(rows), 4), np.nan)
     frames = rows["frame"] if frame is None else pd.Series(frame, index=rows.index)
@@ -106,7 +108,7 @@ def score(rows: pd.DataFrame, frame: str | None = None, convention: str | None =
 
 
 def one_setting(scored: pd.DataFrame) -> str:
-    """"tiny-llava on refstamps val: 1545 expressions, 200 images", for a figure's foot.
+    """ "tiny-llava on refstamps val: 1545 expressions, 200 images", for a figure's foot.
 
     Raises ValueError unless the rows are of one model on one split.
     """
@@ -135,17 +137,20 @@ def summarise(scored: pd.DataFrame, by: Sequence[str], clusters: str = "image_id
     summaries = []
     for key, group in scored.groupby(by, dropna=False, sort=False):
         low, high = clustered_interval(group["correct"], group[clusters], seed=seed)
-        summaries.append(dict(zip(by, key)) | {
-            "n": len(group),
-            "images": group[clusters].nunique(),
-            "accuracy": group["correct"].mean(),
-            "low": low,
-            "high": high,
-            "mean_iou": group["iou"].mean(),
-            "invalid": group["invalid"].mean(),
-            "tokens": group["tokens"].mean(),
-            "token_share": (group["tokens"] / group["tokens_full"]).mean(),
-        })
+        summaries.append(
+            dict(zip(by, key))
+            | {
+                "n": len(group),
+                "images": group[clusters].nunique(),
+                "accuracy": group["correct"].mean(),
+                "low": low,
+                "high": high,
+                "mean_iou": group["iou"].mean(),
+                "invalid": group["invalid"].mean(),
+                "tokens": group["tokens"].mean(),
+                "token_share": (group["tokens"] / group["tokens_full"]).mean(),
+            }
+        )
     return pd.DataFrame(summaries)
 
 

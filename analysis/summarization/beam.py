@@ -39,7 +39,13 @@ def _rows(parts: Memory | State, index: Tensor) -> Memory | State:
 
 @torch.inference_mode()
 def beam_search(
-    model: Unified, batch: Batch, system: str = "end-to-end", *, beam: int = 4, shortest: int = 35, longest: int = 120,
+    model: Unified,
+    batch: Batch,
+    system: str = "end-to-end",
+    *,
+    beam: int = 4,
+    shortest: int = 35,
+    longest: int = 120,
     coverage: bool = True,
 ) -> list[Hypothesis]:
     """The best abstract of each article of the batch.
@@ -49,8 +55,10 @@ def beam_search(
     beam < 1, a negative shortest, and lengths that no abstract can have; other errors as for `Unified.read`.
     """
     if beam < 1 or not 0 <= shortest <= longest or longest < 1:
-        raise ValueError(f"a search needs beam >= 1, 0 <= shortest <= longest and longest >= 1, got beam={beam}, "
-                         f"shortest={shortest}, longest={longest}")
+        raise ValueError(
+            f"a search needs beam >= 1, 0 <= shortest <= longest and longest >= 1, got beam={beam}, "
+            f"shortest={shortest}, longest={longest}"
+        )
     reading = model.read(batch, system)
     batch, abstracter, size = reading.batch, model.abstracter, model.sizes.vocabulary
     articles, device = len(batch.words), batch.words.device

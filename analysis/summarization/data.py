@@ -32,8 +32,10 @@ LARGEST = 2**24  # bytes of one example in a .bin file; a real one has some thou
 ASPECTS = {"challenge": 0, "approach": 1, "outcome": 2}  # ACLSum has a summary for each
 ENDS = {".", "!", "?"}
 CLOSES = {"''", "'", '"', "”", "’", "-rrb-", ")"}  # may follow the end of a sentence and still belong to it
-ABBREVIATIONS = ("mr mrs ms dr prof rev gen col lt sgt capt gov sen rep st jr sr co corp inc ltd no vs etc u.s u.k u.n "
-                 "d.c a.m p.m e.g i.e jan feb mar apr aug sept oct nov dec").split()
+ABBREVIATIONS = (
+    "mr mrs ms dr prof rev gen col lt sgt capt gov sen rep st jr sr co corp inc ltd no vs etc u.s u.k u.n "
+    "d.c a.m p.m e.g i.e jan feb mar apr aug sept oct nov dec"
+).split()
 
 
 class Document(NamedTuple):
@@ -114,7 +116,7 @@ def _fields(data: bytes, wanted: int) -> Iterator[bytes]:
         if size > len(data) - at:
             raise ValueError(f"field {number} is to have {size} bytes, but {len(data) - at} are left")
         if kind == 2 and number == wanted:
-            yield data[at:at + size]
+            yield data[at : at + size]
         at += size
 
 
@@ -189,8 +191,11 @@ def _from_record(record: Any) -> Document:
     if {"article_sents", "abstract_sents"} <= set(record):
         article, abstract = (_listed(record[key], key) for key in ("article_sents", "abstract_sents"))
         marked = record.get("labels")
-        if marked is not None and (not isinstance(marked, list) or len(marked) != len(article) or
-                                   not all(type(mark) is int and mark in (0, 1) for mark in marked)):
+        if marked is not None and (
+            not isinstance(marked, list)
+            or len(marked) != len(article)
+            or not all(type(mark) is int and mark in (0, 1) for mark in marked)
+        ):
             raise ValueError(f"labels must be 0 or 1 for each of {len(article)} sentences, not {marked!r:.60}")
         return Document(article, abstract, marked, name)
     if {"article", "highlights"} <= set(record):
@@ -200,8 +205,10 @@ def _from_record(record: Any) -> Document:
         lines = [tokenise(line) for line in record["highlights"].splitlines()]
         ended = [line if not line or line[-1] in ENDS | CLOSES else [*line, "."] for line in lines]
         return Document(sentences(record["article"]), ended, None, name)
-    raise ValueError(f"a record has article_sents and abstract_sents, or article and highlights, "
-                     f"but this one has {', '.join(record)[:200] or 'nothing'}")
+    raise ValueError(
+        f"a record has article_sents and abstract_sents, or article and highlights, "
+        f"but this one has {', '.join(record)[:200] or 'nothing'}"
+    )
 
 
 def _jsonl(file: Path) -> Iterator[tuple[str, Document]]:
@@ -229,8 +236,10 @@ READERS = {".bin": _bin, ".jsonl": _jsonl}
 def _without_empty_sentences(document: Document) -> Document:
     kept = [i for i, words in enumerate(document.article) if words]
     return document._replace(
-        article=[document.article[i] for i in kept], abstract=[words for words in document.abstract if words],
-        labels=document.labels and [document.labels[i] for i in kept])
+        article=[document.article[i] for i in kept],
+        abstract=[words for words in document.abstract if words],
+        labels=document.labels and [document.labels[i] for i in kept],
+    )
 
 
 def _documents(files: Sequence[Path], skip_empty: bool) -> Iterator[Document]:
@@ -279,9 +288,17 @@ def aclsum(split: str, aspect: str) -> list[Document]:
         from aclsum import ACLSum  # optional: only this reader needs it
     except ImportError as error:
         raise ImportError("ACLSum comes with a package of its own; run: pip install aclsum") from error
-    return [_without_empty_sentences(Document(
-        [tokenise(said) for said in paper.get_all_sentences()], sentences(paper.summaries[aspect]),
-        paper.get_all_highlights(aspect), f"{paper.id}-{aspect}")) for paper in ACLSum(split)]
+    return [
+        _without_empty_sentences(
+            Document(
+                [tokenise(said) for said in paper.get_all_sentences()],
+                sentences(paper.summaries[aspect]),
+                paper.get_all_highlights(aspect),
+                f"{paper.id}-{aspect}",
+            )
+        )
+        for paper in ACLSum(split)
+    ]
 
 
 def _covered(sentence: list[str], reference: list[list[str]]) -> set[int]:
@@ -320,8 +337,10 @@ def labels(article: list[list[str]], abstract: list[list[str]]) -> list[int]:
 
 def labelled(documents: Iterable[Document]) -> list[Document]:
     """The documents with the labels of the paper's rule, whatever labels they had."""
-    return [document._replace(labels=labels(document.article, document.abstract))
-            for document in tqdm(documents, "labels", unit="document", leave=False)]
+    return [
+        document._replace(labels=labels(document.article, document.abstract))
+        for document in tqdm(documents, "labels", unit="document", leave=False)
+    ]
 
 
 class Vocabulary:
@@ -343,10 +362,15 @@ class Vocabulary:
         many at most, the four special ones included."""
         if size <= len(SPECIAL):
             raise ValueError(f"a vocabulary has {len(SPECIAL)} special words and more, so size cannot be {size}")
-        count = Counter(word for document in documents for side in (document.article, document.abstract)
-                        for words in side for word in words)
+        count = Counter(
+            word
+            for document in documents
+            for side in (document.article, document.abstract)
+            for words in side
+            for word in words
+        )
         ordered = sorted(set(count) - set(SPECIAL), key=lambda word: (-count[word], word))
-        return cls(ordered[:size - len(SPECIAL)])
+        return cls(ordered[: size - len(SPECIAL)])
 
     def save(self, path: str | Path) -> None:
         """A text file with one word a line."""
@@ -359,10 +383,10 @@ class Vocabulary:
             words = Path(path).read_bytes().decode().removesuffix("\n").split("\n")
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is no text: {error}") from error
-        if words[:len(SPECIAL)] != SPECIAL:
+        if words[: len(SPECIAL)] != SPECIAL:
             raise ValueError(f"{path} must begin with the lines {', '.join(SPECIAL)}, not with {words[0]!r:.60}")
         try:
-            return cls(words[len(SPECIAL):])
+            return cls(words[len(SPECIAL) :])
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 
@@ -384,7 +408,10 @@ def _padded(rows: list[list[int]], padding: int = PAD, kind: torch.dtype = torch
 
 
 def collate(
-    documents: Sequence[Document], vocabulary: Vocabulary, max_words: int = 600, max_sentences: int = 50,
+    documents: Sequence[Document],
+    vocabulary: Vocabulary,
+    max_words: int = 600,
+    max_sentences: int = 50,
     max_target: int = 100,
 ) -> Batch:
     """Documents as a batch: their first words and sentences, and the beginnings of their abstracts.
@@ -393,15 +420,19 @@ def collate(
     may be empty, an article may not. Raises ValueError for that, for missing labels, and for a limit below one.
     """
     if not documents or min(max_words, max_sentences, max_target) < 1:
-        raise ValueError(f"a batch needs documents and limits of at least 1, got {len(documents)} documents, max_words="
-                         f"{max_words}, max_sentences={max_sentences}, max_target={max_target}")
+        raise ValueError(
+            f"a batch needs documents and limits of at least 1, got {len(documents)} documents, max_words="
+            f"{max_words}, max_sentences={max_sentences}, max_target={max_target}"
+        )
     rows: dict[str, list] = {field: [] for field in Batch._fields}
     for document in documents:
         if not document.article or not all(document.article):
             raise ValueError(f"document {document.id!r} has an empty article or an empty sentence in it")
         if document.labels is None or len(document.labels) != len(document.article):
-            raise ValueError(f"document {document.id!r} needs a label for each of its {len(document.article)} "
-                             f"sentences; labelled(documents) finds them")
+            raise ValueError(
+                f"document {document.id!r} needs a label for each of its {len(document.article)} "
+                f"sentences; labelled(documents) finds them"
+            )
         kept = [(n, word) for n, words in enumerate(document.article[:max_sentences]) for word in words][:max_words]
         where, words = [n for n, _ in kept], [word for _, word in kept]
         oov = [word for word in dict.fromkeys(words) if word not in vocabulary.ids]
@@ -409,19 +440,29 @@ def collate(
         rows["words"].append(vocabulary.numbers(words))
         rows["extended"].append(vocabulary.numbers(words, oov))
         rows["sentence"].append(where)
-        rows["labels"].append(document.labels[:where[-1] + 1])
+        rows["labels"].append(document.labels[: where[-1] + 1])
         rows["sentences"].append(where[-1] + 1)
         rows["inputs"].append([START, *vocabulary.numbers(abstract)][:max_target])
         rows["target"].append([*vocabulary.numbers(abstract, oov), STOP][:max_target])
         rows["oov"].append(oov)
     return Batch(
-        _padded(rows["words"]), _padded(rows["extended"]), _padded(rows["sentence"], -1),
-        _padded(rows["labels"], 0, torch.float32), torch.tensor(rows["sentences"]), _padded(rows["inputs"]),
-        _padded(rows["target"]), rows["oov"])
+        _padded(rows["words"]),
+        _padded(rows["extended"]),
+        _padded(rows["sentence"], -1),
+        _padded(rows["labels"], 0, torch.float32),
+        torch.tensor(rows["sentences"]),
+        _padded(rows["inputs"]),
+        _padded(rows["target"]),
+        rows["oov"],
+    )
 
 
 def batches(
-    documents: Sequence[Document], vocabulary: Vocabulary, size: int, seed: int | None = None, **limits: int,
+    documents: Sequence[Document],
+    vocabulary: Vocabulary,
+    size: int,
+    seed: int | None = None,
+    **limits: int,
 ) -> Iterator[Batch]:
     """Each document once, `size` a batch, the last one smaller where they do not come out even.
 
@@ -435,9 +476,9 @@ def batches(
     if seed is not None:
         rng, bucket = random.Random(seed), 20 * size
         rng.shuffle(order)
-        buckets = [order[i:i + bucket] for i in range(0, len(order), bucket)]
+        buckets = [order[i : i + bucket] for i in range(0, len(order), bucket)]
         order = [i for part in buckets for i in sorted(part, key=lambda i: sum(map(len, documents[i].article)))]
-    groups = [order[i:i + size] for i in range(0, len(order), size)]
+    groups = [order[i : i + size] for i in range(0, len(order), size)]
     if seed is not None:
         rng.shuffle(groups)
     return (collate([documents[i] for i in group], vocabulary, **limits) for group in groups)

@@ -61,7 +61,8 @@ LOSSES = {
     "abstraction": lambda output, written: abstraction(output.log_prob, written),
     "coverage": lambda output, written: coverage(output.alphahat, written),
     "inconsistency": lambda output, written: inconsistency(
-        output.alpha, of_words(output.beta, output.batch.sentence), written),
+        output.alpha, of_words(output.beta, output.batch.sentence), written
+    ),
 }
 
 

@@ -66,7 +66,7 @@ def _one_bias(rnn: nn.LSTM | nn.LSTMCell) -> nn.LSTM | nn.LSTMCell:
         if "bias_hh" in name:
             bias.requires_grad_(False)
         else:
-            nn.init.ones_(bias.data[rnn.hidden_size:2 * rnn.hidden_size])  # the gates: input, forget, cell, output
+            nn.init.ones_(bias.data[rnn.hidden_size : 2 * rnn.hidden_size])  # the gates: input, forget, cell, output
     return rnn
 
 
@@ -78,13 +78,16 @@ def _read(rnn: nn.LSTM, x: Tensor, mask: Tensor) -> tuple[Tensor, tuple[Tensor, 
     input of its own which closes the input gate and opens the forget gate: the cell stays as it is.
     """
     gates = x.new_zeros(4 * rnn.hidden_size, 1)
-    gates[:2 * rnn.hidden_size] = gates.new_tensor([-1e4, 1e4]).repeat_interleave(rnn.hidden_size)[:, None]
-    weights = [torch.cat([p, gates.to(p.dtype)], dim=1) if "weight_ih" in name else p for name, p in rnn.named_parameters()]
+    gates[: 2 * rnn.hidden_size] = gates.new_tensor([-1e4, 1e4]).repeat_interleave(rnn.hidden_size)[:, None]
+    weights = [
+        torch.cat([p, gates.to(p.dtype)], dim=1) if "weight_ih" in name else p for name, p in rnn.named_parameters()
+    ]
     start = x.new_zeros(2, len(x), rnn.hidden_size)
-    states, h, c = torch.lstm(torch.cat([x, ~mask[..., None]], dim=-1), (start, start), weights, True, 1, 0.0,
-                              rnn.training, True, True)
+    states, h, c = torch.lstm(
+        torch.cat([x, ~mask[..., None]], dim=-1), (start, start), weights, True, 1, 0.0, rnn.training, True, True
+    )
     last = (mask.sum(1) - 1).clamp(min=0)
-    h = torch.stack([states[torch.arange(len(x), device=x.device), last, :rnn.hidden_size], h[1]])
+    h = torch.stack([states[torch.arange(len(x), device=x.device), last, : rnn.hidden_size], h[1]])
     return states * mask[..., None], (h, c)
 
 
@@ -129,10 +132,12 @@ def select(batch: Batch, keep: Tensor, vocabulary: int) -> Batch:
     lengths = kept.sum(1)
     if empty := (lengths == 0).nonzero().flatten().tolist():
         raise ValueError(f"articles {empty} of the batch keep no sentence with words")
-    order = kept.sort(dim=1, descending=True, stable=True).indices[:, :int(lengths.max())]
+    order = kept.sort(dim=1, descending=True, stable=True).indices[:, : int(lengths.max())]
     left = kept.gather(1, order)
-    words, extended, sentence = (field.gather(1, order).masked_fill(~left, padding) for field, padding in
-                                 ((batch.words, PAD), (batch.extended, PAD), (batch.sentence, -1)))
+    words, extended, sentence = (
+        field.gather(1, order).masked_fill(~left, padding)
+        for field, padding in ((batch.words, PAD), (batch.extended, PAD), (batch.sentence, -1))
+    )
     lost = (batch.target >= vocabulary) & ~(extended[:, None] == batch.target[:, :, None]).any(-1)
     return batch._replace(words=words, extended=extended, sentence=sentence, target=batch.target.masked_fill(lost, UNK))
 
@@ -158,7 +163,8 @@ class Extractor(nn.Module):
         counts.scatter_add_(1, batch.sentence.clamp(0, counts.shape[1] - 1), read.long())
         packed = pack_sequence(batch.words[read].split(counts[counts > 0].tolist()), enforce_sorted=False)
         states, lengths = pad_packed_sequence(
-            self.over_words(packed._replace(data=self.embed(packed.data)))[0], batch_first=True)
+            self.over_words(packed._replace(data=self.embed(packed.data)))[0], batch_first=True
+        )
         mean = states.sum(1) / lengths.to(states.device)[:, None]
         means = mean.new_zeros(*counts.shape, mean.shape[-1])
         means[counts > 0] = mean
@@ -244,8 +250,9 @@ class Abstracter(nn.Module):
         """Read words [B, M]; beta: [B, M] of each word, which modulates attention, or None. The state is the first."""
         mask = words != PAD
         states, ends = _read(self.encoder, self.embed(words), mask)
-        h, c = (reduce(end.transpose(0, 1).flatten(1)).relu()
-                for reduce, end in zip((self.reduce_h, self.reduce_c), ends))
+        h, c = (
+            reduce(end.transpose(0, 1).flatten(1)).relu() for reduce, end in zip((self.reduce_h, self.reduce_c), ends)
+        )
         if beta is not None:
             # an article all of whose beta are 0 has plain attention: a constant changes no softmax
             beta = _precise(beta).clamp(min=torch.finfo(torch.float32).tiny).log()
@@ -265,12 +272,14 @@ class Abstracter(nn.Module):
         alpha = e.softmax(-1)
         alphahat = alpha if memory.log_beta is None else (e + memory.log_beta).softmax(-1)
         context = (alphahat.to(memory.states.dtype)[:, None] @ memory.states).squeeze(1)
-        return (State(h, c, context, state.coverage + alphahat),
-                Step(torch.cat([context, h, c, x], dim=-1), alpha, alphahat))
+        return (
+            State(h, c, context, state.coverage + alphahat),
+            Step(torch.cat([context, h, c, x], dim=-1), alpha, alphahat),
+        )
 
     def generate(self, seen: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of the vocabulary [..., V] (equation 4) and of p_gen [...] (equation 8) from seen [..., 4H + E]."""
-        output = self.readout(seen[..., :self.readout.in_features])
+        output = self.readout(seen[..., : self.readout.in_features])
         return _precise(self.project(output)), _precise(self.gate(seen).squeeze(-1))
 
     def distribution(self, step: Step, extended: Tensor, oov: int) -> Tensor:
@@ -295,8 +304,10 @@ class Abstracter(nn.Module):
         known = batch.target < logits.shape[-1]
         vocabulary = logits.gather(-1, batch.target.where(known, UNK)[..., None]).squeeze(-1) - logits.logsumexp(-1)
         copied = (alphahat * (batch.extended[:, None] == batch.target[..., None])).sum(-1)
-        log_prob = torch.logaddexp(logsigmoid(gate) + vocabulary.masked_fill(~known, -torch.inf),
-                                   logsigmoid(-gate) + copied.clamp(min=torch.finfo(torch.float32).tiny).log())
+        log_prob = torch.logaddexp(
+            logsigmoid(gate) + vocabulary.masked_fill(~known, -torch.inf),
+            logsigmoid(-gate) + copied.clamp(min=torch.finfo(torch.float32).tiny).log(),
+        )
         return Written(log_prob, alpha, alphahat, gate.sigmoid())
 
 
@@ -339,8 +350,10 @@ class Unified(nn.Module):
             raise ValueError("each article of a batch needs at least one sentence and one word")
         largest = max(int(batch.words.max()), int(batch.inputs.max()))
         if largest >= self.sizes.vocabulary:
-            raise ValueError(f"the batch has a word of ID {largest}, but the model's vocabulary ends before ID "
-                             f"{self.sizes.vocabulary}: they do not belong together")
+            raise ValueError(
+                f"the batch has a word of ID {largest}, but the model's vocabulary ends before ID "
+                f"{self.sizes.vocabulary}: they do not belong together"
+            )
         logits, beta = self.extractor(batch)
         if system == "two-stage":
             batch = select(batch, chosen(beta, batch.sentences), self.sizes.vocabulary)

@@ -43,8 +43,12 @@ local media reported that {clause} .
 meanwhile , {clause} .
 {clause} , according to people familiar with the matter .
 it is understood that {clause} .""".splitlines()
-BEFORE = ["in an earlier case , {clause} .", "in a separate case , {clause} .", "some time ago , {clause} .",
-          "elsewhere , {clause} ."]
+BEFORE = [
+    "in an earlier case , {clause} .",
+    "in a separate case , {clause} .",
+    "some time ago , {clause} .",
+    "elsewhere , {clause} .",
+]
 JOINS = ["{} as {} .", "{} and {} .", "{} , while {} ."]
 
 # "# topic: things; sources" begins a topic, "- subject | subject in the abstract" a fact, what is said of the subject
@@ -448,8 +452,10 @@ def names(split: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     share = {"train": (0, 1, 2), "validation": (3,), "test": (4,)}[split]
     people, places = ({"".join(parts) for parts in product(STARTS, MIDDLES, ends)} for ends in (PEOPLE, PLACES))
     words = set(STORIES.split())  # corner and valley would be names, too
-    surnames, places = (tuple(sorted(name for name in known - words if crc32(name.encode()) % 5 in share))
-                        for known in (people - places, places))
+    surnames, places = (
+        tuple(sorted(name for name in known - words if crc32(name.encode()) % 5 in share))
+        for known in (people - places, places)
+    )
     return surnames, places
 
 
@@ -462,9 +468,16 @@ def _cast(rng: random.Random, topic: Topic, surnames: list[str], places: list[st
     """Who and what a story is about, by the slots of its sentences; four surnames, two places."""
     first = rng.sample(FIRST, 3)
     return dict(
-        surname=surnames[0], person=f"{first[0]} {surnames[0]}", other=f"{first[1]} {surnames[1]}",
-        witness=f"{first[2]} {surnames[2]}", org=f"{surnames[3]} {rng.choice(FIRMS)}", place=places[0], town=places[1],
-        thing=rng.choice(topic.things), **_numbers(rng))
+        surname=surnames[0],
+        person=f"{first[0]} {surnames[0]}",
+        other=f"{first[1]} {surnames[1]}",
+        witness=f"{first[2]} {surnames[2]}",
+        org=f"{surnames[3]} {rng.choice(FIRMS)}",
+        place=places[0],
+        town=places[1],
+        thing=rng.choice(topic.things),
+        **_numbers(rng),
+    )
 
 
 def _brief(rng: random.Random, said: str, short: list[str]) -> str:
@@ -480,8 +493,11 @@ def _abstract(rng: random.Random, clauses: list[tuple[str, str]]) -> list[str]:
     for i, (subject, does) in enumerate(clauses):
         if fused and i == first + 1:
             before = clauses[first]
-            said[-1] = (f"{subject} {before[1]} and {does} ." if before[0] == subject else
-                        rng.choice(JOINS).format(" ".join(before), f"{subject} {does}"))
+            said[-1] = (
+                f"{subject} {before[1]} and {does} ."
+                if before[0] == subject
+                else rng.choice(JOINS).format(" ".join(before), f"{subject} {does}")
+            )
         else:
             said.append(f"{subject} {does} .")
     return said
@@ -509,7 +525,7 @@ def document(split: str, index: int) -> Document:
     keys = [sentence(i, cast, RELIABLE) for i in key]
     rest = [sentence(i, who, cue) for i, who in alike]
     colour = [*rng.sample(topic.colour, rng.randint(2, 6)), *rng.sample(COLOUR, rng.randint(1, 6))]
-    rest += [line.format(**cast | _numbers(rng)) for line in colour][:20 - len(keys) - len(rest)]
+    rest += [line.format(**cast | _numbers(rng)) for line in colour][: 20 - len(keys) - len(rest)]
     article = [(said, 1) for said in keys] + [(said, 0) for said in rest]
     rng.shuffle(article)
     if rng.random() < AHEAD:
@@ -520,8 +536,12 @@ def document(split: str, index: int) -> Document:
         short = topic.facts[i].short
         name = "{surname}" if rng.random() < 0.5 else "{person}"
         clauses.append((short.replace("{person}", name).format(**cast), _brief(rng, *chosen[i]).format(**cast)))
-    return Document([said.split() for said, _ in article], [said.split() for said in _abstract(rng, clauses)],
-                    [label for _, label in article], f"{split}-{index:04d}")
+    return Document(
+        [said.split() for said, _ in article],
+        [said.split() for said in _abstract(rng, clauses)],
+        [label for _, label in article],
+        f"{split}-{index:04d}",
+    )
 
 
 def documents(split: str, limit: int | None = None) -> list[Document]:

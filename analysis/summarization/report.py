@@ -26,8 +26,13 @@ from analysis.summarization.systems import LABELS
 
 # name -> label in tables, in their order; those without a model first and last
 NAMES = {"lead-3": "lead-3"} | LABELS | {"oracle": "gold sentences (oracle)"}
-PAPER = {"lead-3": "lead-3", "pointer-generator": "pointer-generator + coverage", "two-stage": "two-stage",
-         "end-to-end-1": "end to end without L_inc", "end-to-end-5-inc": "end to end with L_inc"}
+PAPER = {
+    "lead-3": "lead-3",
+    "pointer-generator": "pointer-generator + coverage",
+    "two-stage": "two-stage",
+    "end-to-end-1": "end to end without L_inc",
+    "end-to-end-5-inc": "end to end with L_inc",
+}
 PAIRS = [(f"end-to-end-{weight}", f"end-to-end-{weight}-inc") for weight in (1, 5)]  # what L_inc does
 OTHERS = ("lead-3", "pointer-generator", "two-stage")  # what the full model is compared with
 
@@ -48,15 +53,19 @@ def read(paths: str | Path | Sequence[str | Path]) -> tuple[pd.DataFrame, list[D
 
 def setting(rows: pd.DataFrame) -> str:
     """One line about the rows for captions."""
-    return (f"{rows['document'].nunique():,} generated test documents; seeds "
-            f"{', '.join(map(str, sorted(rows['seed'].unique())))}")
+    return (
+        f"{rows['document'].nunique():,} generated test documents; seeds "
+        f"{', '.join(map(str, sorted(rows['seed'].unique())))}"
+    )
 
 
 def summaries(rows: pd.DataFrame, documents: Sequence[Document]) -> dict[tuple[str, int], list]:
     """(system, seed) -> the summary's sentences of each document it has, with lead-3 and oracle as seed -1."""
     known = {document.id: document for document in documents}
-    found: dict[tuple[str, int], list] = {("lead-3", -1): [(d, lead(d)) for d in documents],
-                                          ("oracle", -1): [(d, oracle(d)) for d in documents]}
+    found: dict[tuple[str, int], list] = {
+        ("lead-3", -1): [(d, lead(d)) for d in documents],
+        ("oracle", -1): [(d, oracle(d)) for d in documents],
+    }
     for (model, seed), part in rows.groupby(["model", "seed"], sort=False):
         found[model, seed] = [(known[name], cut(said.split())) for name, said in zip(part["document"], part["summary"])]
     return found
@@ -76,16 +85,25 @@ def scored(rows: pd.DataFrame, documents: Sequence[Document]) -> pd.DataFrame:
 def over_seeds(table: pd.DataFrame, by: Sequence[str], value: str = "value") -> pd.DataFrame:
     """The columns `by`, mean (over the seeds' means), lowest and highest seed, seeds, n (documents of a seed)."""
     seeds = table.dropna(subset=[value]).groupby([*by, "seed"], sort=False)[value].agg(["mean", "size"]).reset_index()
-    return seeds.groupby(list(by), sort=False).agg(
-        mean=("mean", "mean"), lowest=("mean", "min"), highest=("mean", "max"), seeds=("seed", "nunique"),
-        n=("size", "max")).reset_index()
+    return (
+        seeds.groupby(list(by), sort=False)
+        .agg(
+            mean=("mean", "mean"),
+            lowest=("mean", "min"),
+            highest=("mean", "max"),
+            seeds=("seed", "nunique"),
+            n=("size", "max"),
+        )
+        .reset_index()
+    )
 
 
 def _seed_by_seed(pooled: Mapping[str, float], seeds: Sequence[Mapping[str, float]], n: int) -> dict[str, Any]:
     """A difference over all seeds with what each seed says of it; each with keys difference, low, high."""
     holds = all(one["low"] > 0 for one in seeds) or all(one["high"] < 0 for one in seeds)
     return {k: pooled[k] for k in ("difference", "low", "high")} | dict(
-        n=n, seeds=len(seeds), by_seed=[one["difference"] for one in seeds], holds=bool(holds and len(seeds) >= 3))
+        n=n, seeds=len(seeds), by_seed=[one["difference"] for one in seeds], holds=bool(holds and len(seeds) >= 3)
+    )
 
 
 def compared(table: pd.DataFrame, a: Mapping[str, Any], b: Mapping[str, Any], value: str = "value") -> dict[str, Any]:
@@ -111,8 +129,9 @@ def ratio_change(rows: pd.DataFrame, a: str, b: str, resamples: int = 2000) -> d
 
     rows: of `21_decode_summaries`. Raises ValueError where a and b have not the same documents of the same seeds.
     """
-    one, two = (matching(rows, {"model": model}).set_index(["document", "seed"])[["r_inc", "chance"]]
-                for model in (a, b))
+    one, two = (
+        matching(rows, {"model": model}).set_index(["document", "seed"])[["r_inc", "chance"]] for model in (a, b)
+    )
     if one.empty or set(one.index) != set(two.index):
         raise ValueError(f"{a} and {b} must have the same documents of the same seeds")
     both = one.join(two.reindex(one.index), rsuffix="_b")
@@ -122,8 +141,16 @@ def ratio_change(rows: pd.DataFrame, a: str, b: str, resamples: int = 2000) -> d
             return r_b.mean(axis) / c_b.mean(axis) - r_a.mean(axis) / c_a.mean(axis)
 
         columns = part.groupby("document").mean().to_numpy().T
-        drawn = bootstrap(tuple(columns), of, paired=True, vectorized=True, method="percentile", n_resamples=resamples,
-                          batch=200, rng=np.random.default_rng(0))
+        drawn = bootstrap(
+            tuple(columns),
+            of,
+            paired=True,
+            vectorized=True,
+            method="percentile",
+            n_resamples=resamples,
+            batch=200,
+            rng=np.random.default_rng(0),
+        )
         low, high = map(float, drawn.confidence_interval)
         return dict(difference=float(of(*columns)), low=low, high=high)
 
@@ -132,13 +159,13 @@ def ratio_change(rows: pd.DataFrame, a: str, b: str, resamples: int = 2000) -> d
 
 
 def cell(row: Mapping[str, float], scale: float = 100, digits: int = 1) -> str:
-    """"43.1 (42.7-43.5)": mean, lowest and highest seed; the mean alone where there is one."""
+    """ "43.1 (42.7-43.5)": mean, lowest and highest seed; the mean alone where there is one."""
     mean, low, high = (f"{scale * row[name]:.{digits}f}" for name in ("mean", "lowest", "highest"))
     return mean if row["seeds"] == 1 else f"{mean} ({low}–{high})"
 
 
 def gain(found: Mapping[str, Any], scale: float = 100, digits: int = 1) -> str:
-    """"+1.2 [0.8, 1.6]*": a difference with its interval; * where it holds in every one of at least three seeds."""
+    """ "+1.2 [0.8, 1.6]*": a difference with its interval; * where it holds in every one of at least three seeds."""
     number, low, high = (scale * found[name] for name in ("difference", "low", "high"))
     return f"{number:+.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]{'*' if found['holds'] else ''}"
 
@@ -146,8 +173,10 @@ def gain(found: Mapping[str, Any], scale: float = 100, digits: int = 1) -> str:
 def published(model: str, metric: str, scale: float = 1, digits: int = 2) -> str:
     """The published number as a cell, with a dagger where it is unchecked; empty where there is none."""
     found = matching(PUBLISHED, {"paper": "Unified", "model": model, "metric": metric})
-    return "".join(f"{scale * value:.{digits}f}{'†' * source.endswith(UNCHECKED)}"
-                   for value, source in zip(found["value"], found["source"]))
+    return "".join(
+        f"{scale * value:.{digits}f}{'†' * source.endswith(UNCHECKED)}"
+        for value, source in zip(found["value"], found["source"])
+    )
 
 
 def order(models: Sequence[str]) -> list[str]:

@@ -62,8 +62,10 @@ def difference(a: pd.DataFrame, b: pd.DataFrame, metric: str = "R1", value: str 
     """
     one, two = (matching(scores, {"metric": metric}).set_index("document")[value] for scores in (a, b))
     if not one.index.is_unique or not two.index.is_unique or set(one.index) != set(two.index) or one.empty:
-        raise ValueError(f"a and b must have the {metric} of the same documents, each once: a has {len(one)}, b has "
-                         f"{len(two)}, {len(one.index.intersection(two.index))} are in both")
+        raise ValueError(
+            f"a and b must have the {metric} of the same documents, each once: a has {len(one)}, b has "
+            f"{len(two)}, {len(one.index.intersection(two.index))} are in both"
+        )
     return paired_difference(one, two.reindex(one.index), one.index, **options) | {"n": len(one)}
 
 
@@ -102,8 +104,10 @@ def extractor_recall(
     its first N sentences; later ones are not extracted. Raises ValueError where there are more betas than sentences.
     """
     if len(betas) != len(documents) or (budgets is not None and len(budgets) != len(documents)):
-        raise ValueError(f"betas and budgets are per document: got {len(betas)} betas and "
-                         f"{'no' if budgets is None else len(budgets)} budgets for {len(documents)} documents")
+        raise ValueError(
+            f"betas and budgets are per document: got {len(betas)} betas and "
+            f"{'no' if budgets is None else len(budgets)} budgets for {len(documents)} documents"
+        )
     if wrong := [d for d, beta in zip(documents, betas) if len(beta) > len(d.article)]:
         raise ValueError(f"document {wrong[0].id!r} has {len(wrong[0].article)} sentences, but more betas")
     budgets = [len(oracle(document)) for document in documents] if budgets is None else budgets
@@ -122,7 +126,7 @@ def extractor_recall(
 
 def _ngrams(text: Sentences, n: int) -> list[tuple[str, ...]]:
     """Runs of n words within a sentence."""
-    return [tuple(words[i:i + n]) for words in text for i in range(len(words) - n + 1)]
+    return [tuple(words[i : i + n]) for words in text for i in range(len(words) - n + 1)]
 
 
 def novel(summary: Sentences, article: Sentences, n: int) -> float:
@@ -137,7 +141,14 @@ def style(
     """One row per document: document, words and sentences of the summary, novel_n for each order n."""
     if len(summaries) != len(documents):
         raise ValueError(f"one summary per document: got {len(summaries)} summaries, {len(documents)} documents")
-    return pd.DataFrame([
-        dict(document=document.id, words=sum(map(len, summary)), sentences=len(summary),
-             **{f"novel_{n}": novel(summary, document.article, n) for n in orders})
-        for summary, document in zip(summaries, documents)])
+    return pd.DataFrame(
+        [
+            dict(
+                document=document.id,
+                words=sum(map(len, summary)),
+                sentences=len(summary),
+                **{f"novel_{n}": novel(summary, document.article, n) for n in orders},
+            )
+            for summary, document in zip(summaries, documents)
+        ]
+    )

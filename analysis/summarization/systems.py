@@ -27,10 +27,13 @@ from analysis.summarization.model import Sizes, Unified, chosen, text
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 # name -> how the model runs; the words are those of figures and tables
 SYSTEMS = {"pointer-generator": "pointer-generator", "two-stage": "two-stage"} | {
-    f"end-to-end-{weight}{inc}": "end-to-end" for weight in (1, 5) for inc in ("", "-inc")}
+    f"end-to-end-{weight}{inc}": "end-to-end" for weight in (1, 5) for inc in ("", "-inc")
+}
 LABELS = {"pointer-generator": "pointer-generator + coverage", "two-stage": "two-stage"} | {
     f"end-to-end-{weight}{inc}": f"end to end, {'with' if inc else 'without'} L_inc, λ1 = {weight}"
-    for weight in (1, 5) for inc in ("", "-inc")}
+    for weight in (1, 5)
+    for inc in ("", "-inc")
+}
 LENGTHS = dict(shortest=14, longest=70)  # tokens: 5th percentile and above the longest of the training abstracts
 
 
@@ -69,8 +72,10 @@ def _files(name: str, seed: int, folder: Path) -> list[Path]:
     pick(SYSTEMS, name, "system")
     files = [folder / f"{part}-seed{seed}.safetensors" for part in dict.fromkeys(("two-stage", name))]
     if missing := [str(file) for file in files if not file.is_file()]:
-        raise FileNotFoundError(f"no checkpoint {', '.join(missing)}; python -m analysis.summarization.train "
-                                f"--seeds {seed} --out {folder} makes it")
+        raise FileNotFoundError(
+            f"no checkpoint {', '.join(missing)}; python -m analysis.summarization.train "
+            f"--seeds {seed} --out {folder} makes it"
+        )
     return files
 
 
@@ -118,9 +123,14 @@ def summarize(
     """
     order = sorted(range(len(documents)), key=lambda i: sum(map(len, documents[i].article)))
     found: dict[int, Summary] = {}
-    for start in tqdm(range(0, len(order), size), f"{system.name}, seed {system.seed}", unit=f"x{size}", leave=False,
-                      disable=len(order) <= size):
-        rows = order[start:start + size]
+    for start in tqdm(
+        range(0, len(order), size),
+        f"{system.name}, seed {system.seed}",
+        unit=f"x{size}",
+        leave=False,
+        disable=len(order) <= size,
+    ):
+        rows = order[start : start + size]
         batch = collate([_labelled(documents[i]) for i in rows], system.vocabulary, **system.limits)
         best = beam_search(system.model, batch, SYSTEMS[system.name], beam=beam, **LENGTHS | lengths)
         for i, one, count, oov in zip(rows, best, batch.sentences.tolist(), batch.oov):
@@ -159,10 +169,22 @@ def rows(system: Summarizer, documents: Sequence[Document], attention: int = 0, 
     found = []
     for i, (document, one) in enumerate(zip(documents, summarize(system, documents, **options), strict=True)):
         read = one.hypothesis.sentence >= 0
-        seen = {name: np.round(steps[:, read].mean(0).numpy(), 5) if i < attention else None
-                for name, steps in (("alpha", one.hypothesis.alpha), ("alphahat", one.hypothesis.alphahat))}
-        found.append(dict(
-            model=system.name, seed=system.seed, document=document.id, summary=" ".join(one.words),
-            extracted=one.extracted, beta=np.round(one.beta, 4), r_inc=one.r_inc, chance=one.chance,
-            steps=len(one.hypothesis.alpha), **seen))
+        seen = {
+            name: np.round(steps[:, read].mean(0).numpy(), 5) if i < attention else None
+            for name, steps in (("alpha", one.hypothesis.alpha), ("alphahat", one.hypothesis.alphahat))
+        }
+        found.append(
+            dict(
+                model=system.name,
+                seed=system.seed,
+                document=document.id,
+                summary=" ".join(one.words),
+                extracted=one.extracted,
+                beta=np.round(one.beta, 4),
+                r_inc=one.r_inc,
+                chance=one.chance,
+                steps=len(one.hypothesis.alpha),
+                **seen,
+            )
+        )
     return pd.DataFrame(found)

@@ -50,8 +50,12 @@ from analysis.summarization.model import PAPER, Sizes, Unified
 from analysis.summarization.score import oracle
 
 RUNS = ROOT / "runs" / "summarization"
-ARMS = {f"end-to-end-{weight}{'-inc' * inc}": {"extraction": weight, "abstraction": 1, "coverage": 1}
-        | ({"inconsistency": 1} if inc else {}) for weight in (1, 5) for inc in (False, True)}
+ARMS = {
+    f"end-to-end-{weight}{'-inc' * inc}": {"extraction": weight, "abstraction": 1, "coverage": 1}
+    | ({"inconsistency": 1} if inc else {})
+    for weight in (1, 5)
+    for inc in (False, True)
+}
 STAGES = ("extractor", "abstracter", "pointer-generator", *ARMS)  # an arm needs the first two
 TABLES = ("embed.", "project.")  # the parameters with a row for each word
 RECALL = 0.9  # of the labels, at which extractors are compared
@@ -87,19 +91,50 @@ class Config:
 
 
 SMALL = Config(
-    Sizes(vocabulary=1_200, embedding=32, extractor=24, abstracter=44), "adam", rates=(4e-3, 4e-3, 2e-3),
-    batches=(32, 16, 8), steps=(250, 2400, 1600), grow=((200, 60, 20),), coverage=200, frozen=True, train=None,
-    validation=160, words=400, sentences=20, target=70)
+    Sizes(vocabulary=1_200, embedding=32, extractor=24, abstracter=44),
+    "adam",
+    rates=(4e-3, 4e-3, 2e-3),
+    batches=(32, 16, 8),
+    steps=(250, 2400, 1600),
+    grow=((200, 60, 20),),
+    coverage=200,
+    frozen=True,
+    train=None,
+    validation=160,
+    words=400,
+    sentences=20,
+    target=70,
+)
 # The paper's but for the numbers of steps, which its code leaves to the user, and the batch of the pointer-generator's
 # last steps, which stays at the abstracter's.
 CONFIGS = {
     "small": SMALL,
-    "smoke": replace(SMALL, sizes=Sizes(200, 8, 6, 8), batches=(4, 4, 4), steps=(4, 4, 2), grow=((2, 30, 10),),
-                     coverage=2, train=24, validation=6, log=2, evaluations=2),
+    "smoke": replace(
+        SMALL,
+        sizes=Sizes(200, 8, 6, 8),
+        batches=(4, 4, 4),
+        steps=(4, 4, 2),
+        grow=((2, 30, 10),),
+        coverage=2,
+        train=24,
+        validation=6,
+        log=2,
+        evaluations=2,
+    ),
     "paper": Config(
-        PAPER, "adagrad", rates=(0.15, 0.15, 0.01), batches=(64, 16, 8), steps=(30_000, 81_000, 50_000),
-        grow=((20_000, 50, 15), (40_000, 100, 30), (60_000, 200, 60), (80_000, 400, 100)), coverage=1_000, frozen=False,
-        train=None, validation=2_000, log=100, evaluations=30),
+        PAPER,
+        "adagrad",
+        rates=(0.15, 0.15, 0.01),
+        batches=(64, 16, 8),
+        steps=(30_000, 81_000, 50_000),
+        grow=((20_000, 50, 15), (40_000, 100, 30), (60_000, 200, 60), (80_000, 400, 100)),
+        coverage=1_000,
+        frozen=False,
+        train=None,
+        validation=2_000,
+        log=100,
+        evaluations=30,
+    ),
 }
 
 
@@ -121,7 +156,7 @@ def corpus(config: Config, train: str | None = None, validation: str | None = No
         if validation is None:
             raise ValueError("training on files needs a validation set too: give --validation as well as --data")
         found = [list(data.read(path, skip_empty=True)) for path in (train, validation)]
-        found[1] = found[1][:config.validation]
+        found[1] = found[1][: config.validation]
         found = [docs if all(d.labels is not None for d in docs) else data.labelled(docs) for docs in found]
         found = [[d for d in docs if any(d.labels)] for docs in found]
         if not all(found):
@@ -167,11 +202,11 @@ def groups(documents: Sequence[Document], size: int, seed: int, step: int) -> It
         epoch, rng = step // each, random.Random(f"{seed} {step // each}")
         order = list(range(len(documents)))
         rng.shuffle(order)
-        buckets = (order[i:i + 20 * size] for i in range(0, len(order), 20 * size))
+        buckets = (order[i : i + 20 * size] for i in range(0, len(order), 20 * size))
         order = [i for part in buckets for i in sorted(part, key=lambda i: sum(map(len, documents[i].abstract)))]
-        found = [order[i:i + size] for i in range(0, len(order), size)]
+        found = [order[i : i + size] for i in range(0, len(order), size)]
         rng.shuffle(found)
-        yield from ([documents[i] for i in group] for group in found[step - epoch * each:])
+        yield from ([documents[i] for i in group] for group in found[step - epoch * each :])
         step = (epoch + 1) * each
 
 
@@ -256,7 +291,12 @@ def _save(path: Path, state: dict) -> None:
 
 
 def train_stage(
-    stage: str, config: Config, known: Corpus, seed: int, folder: Path, device: torch.device = torch.device("cpu"),
+    stage: str,
+    config: Config,
+    known: Corpus,
+    seed: int,
+    folder: Path,
+    device: torch.device = torch.device("cpu"),
     precision: str = "fp32",
 ) -> dict[str, Tensor]:
     """Train a stage, or go on with it, and return the weights of what it trains. folder: the seed's.
@@ -269,16 +309,29 @@ def train_stage(
     model, parameters = begin(stage, config, seed, before)
     model.to(device)
     part, todo = parts(stage, model), task(stage, config, known)
-    optimizer = (torch.optim.Adam(parameters, todo.rate, betas=(0.9, 0.98)) if config.optimizer == "adam" else
-                 torch.optim.Adagrad(parameters, todo.rate, initial_accumulator_value=0.1))
+    optimizer = (
+        torch.optim.Adam(parameters, todo.rate, betas=(0.9, 0.98))
+        if config.optimizer == "adam"
+        else torch.optim.Adagrad(parameters, todo.rate, initial_accumulator_value=0.1)
+    )
     half = device.type == "cuda" and precision != "fp32"
     autocast = partial(torch.autocast, device.type, PRECISIONS[precision]) if half else nullcontext
     scaler = torch.amp.GradScaler(device.type, enabled=half and precision == "fp16")
     state = dict(step=0, seconds=0.0, log=[], best=None, done=False)
     path = folder / stage / "state.pt"
-    made = json.dumps(dict(
-        stage=stage, seed=seed, sizes=asdict(config.sizes), optimizer=config.optimizer, task=todo[2:], grow=config.grow,
-        limits=limits(stage, config, todo.steps), frozen=config.frozen, documents=len(todo.train)))
+    made = json.dumps(
+        dict(
+            stage=stage,
+            seed=seed,
+            sizes=asdict(config.sizes),
+            optimizer=config.optimizer,
+            task=todo[2:],
+            grow=config.grow,
+            limits=limits(stage, config, todo.steps),
+            frozen=config.frozen,
+            documents=len(todo.train),
+        )
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_file():
         saved = torch.load(path, map_location=device, weights_only=True)
@@ -290,13 +343,16 @@ def train_stage(
         optimizer.load_state_dict(saved["optimizer"])
         scaler.load_state_dict(saved["scaler"])
         state = saved["state"]
-    fixed = [on(data.collate(todo.validation[i:i + 32], known.vocabulary, **limits(stage, config, todo.steps)), device)
-             for i in range(0, len(todo.validation), 32)]
+    fixed = [
+        on(data.collate(todo.validation[i : i + 32], known.vocabulary, **limits(stage, config, todo.steps)), device)
+        for i in range(0, len(todo.validation), 32)
+    ]
 
     sums, began, seconds = [], time.monotonic(), state["seconds"]
     stream = groups(todo.train, todo.batch, seed, state["step"])
-    bar = tqdm(range(state["step"], todo.steps), f"seed {seed}, {stage}", todo.steps, initial=state["step"],
-               mininterval=5)
+    bar = tqdm(
+        range(state["step"], todo.steps), f"seed {seed}, {stage}", todo.steps, initial=state["step"], mininterval=5
+    )
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = _rate(config, todo.rate, step, todo.steps)
@@ -322,12 +378,27 @@ def train_stage(
             if stage == "extractor" and (state["best"] is None or row["selected_share"] < state["best"][0]):
                 state["best"] = (row["selected_share"], {k: v.clone() for k, v in part.state_dict().items()})
         state |= dict(step=step + 1, seconds=seconds + time.monotonic() - began, done=last)
-        state["log"].append(dict(seed=seed, stage=stage, step=step + 1, seconds=round(state["seconds"], 1),
-                                 **{k: round(v, 4) for k, v in row.items()}))
+        state["log"].append(
+            dict(
+                seed=seed,
+                stage=stage,
+                step=step + 1,
+                seconds=round(state["seconds"], 1),
+                **{k: round(v, 4) for k, v in row.items()},
+            )
+        )
         if last and stage == "extractor":
             part.load_state_dict(state["best"][1])
-        _save(path, dict(made=made, state=state, weights=part.state_dict(), optimizer=optimizer.state_dict(),
-                         scaler=scaler.state_dict()))
+        _save(
+            path,
+            dict(
+                made=made,
+                state=state,
+                weights=part.state_dict(),
+                optimizer=optimizer.state_dict(),
+                scaler=scaler.state_dict(),
+            ),
+        )
         pd.DataFrame(state["log"]).to_csv(path.with_name("log.csv"), index=False)
         bar.set_postfix({k: f"{v:.3f}" for k, v in row.items() if k in ("total", "val_abstraction", "selected_share")})
     return part.state_dict()
@@ -354,8 +425,10 @@ def export(config: Config, known: Corpus, seeds: Sequence[int], runs: Path, out:
     for seed in seeds:
         folder = runs / f"seed{seed}"
         both = {f"{name}.{k}": v for name in STAGES[:2] for k, v in finished(name, folder).items()}
-        found = {"two-stage": both, "pointer-generator": {
-            f"abstracter.{k}": v for k, v in finished("pointer-generator", folder).items()}}
+        found = {
+            "two-stage": both,
+            "pointer-generator": {f"abstracter.{k}": v for k, v in finished("pointer-generator", folder).items()},
+        }
         for arm in ARMS:
             found[arm] = {k: v for k, v in finished(arm, folder).items() if not torch.equal(v, both[k])}
         for name, weights in found.items():
@@ -413,14 +486,28 @@ def estimate(config: str = "paper", device: str | None = None, precision: str = 
         once()
         seconds = clock() - began
         step = seconds * todo.batch / size
-        rows.append(dict(stage=stage, steps=todo.steps, batch=todo.batch, step_s=step, hours=step * todo.steps / 3600,
-                         gpu_hours=(step if gpu else counted.count * 1e-5) * todo.steps / 3600))
+        rows.append(
+            dict(
+                stage=stage,
+                steps=todo.steps,
+                batch=todo.batch,
+                step_s=step,
+                hours=step * todo.steps / 3600,
+                gpu_hours=(step if gpu else counted.count * 1e-5) * todo.steps / 3600,
+            )
+        )
     return pd.DataFrame(rows)
 
 
 def train(
-    config: str = "small", seeds: Sequence[int] = (0, 1, 2), stages: Sequence[str] = STAGES, out: Path | None = None,
-    runs: Path = RUNS, device: str | None = None, precision: str = "bf16", data: str | None = None,
+    config: str = "small",
+    seeds: Sequence[int] = (0, 1, 2),
+    stages: Sequence[str] = STAGES,
+    out: Path | None = None,
+    runs: Path = RUNS,
+    device: str | None = None,
+    precision: str = "bf16",
+    data: str | None = None,
     validation: str | None = None,
 ) -> pd.DataFrame:
     """All stages of all seeds; returns their log. out: where checkpoints go when all stages of the seeds are there.
@@ -446,26 +533,38 @@ def train(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m analysis.summarization.train", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m analysis.summarization.train",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--config", choices=CONFIGS, default="small", help="default: %(default)s")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), metavar="STAGE",
-                        help=f"of {', '.join(STAGES)}; default: all")
+    parser.add_argument(
+        "--stages",
+        nargs="+",
+        choices=STAGES,
+        default=list(STAGES),
+        metavar="STAGE",
+        help=f"of {', '.join(STAGES)}; default: all",
+    )
     parser.add_argument("--data", help="training documents, .bin or .jsonl, or a pattern; default: generated news")
     parser.add_argument("--validation", help="validation documents in the same form")
     parser.add_argument("--runs", type=Path, default=RUNS, help="where state and logs are kept; default: %(default)s")
     parser.add_argument("--out", type=Path, help="write checkpoints there when all stages of the seeds are finished")
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
-    parser.add_argument("--precision", choices=PRECISIONS, default="bf16",
-                        help="autocast on a GPU; default: %(default)s")
+    parser.add_argument(
+        "--precision", choices=PRECISIONS, default="bf16", help="autocast on a GPU; default: %(default)s"
+    )
     parser.add_argument("--estimate", action="store_true", help="train nothing: say how long each stage would take")
     args = vars(parser.parse_args(argv))
     if args.pop("estimate"):
         found = estimate(args["config"], args["device"], args["precision"])
         print(found.round(2).to_string(index=False))
-        print(f"one seed: {found['hours'].sum():.1f} hours of this device (of one core, where it is a CPU), about "
-              f"{found['gpu_hours'].sum():.1f} hours of a GPU")
+        print(
+            f"one seed: {found['hours'].sum():.1f} hours of this device (of one core, where it is a CPU), about "
+            f"{found['gpu_hours'].sum():.1f} hours of a GPU"
+        )
     else:
         train(**args)
 

@@ -38,8 +38,13 @@ def say(text):
 def copy(name):
     """A copy of the project without its rows, for one run."""
     folder = FOLDER / name
-    files = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT,
-                           capture_output=True, text=True, check=True).stdout.split("\0")
+    files = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split("\0")
     for file in files:
         wanted = not file.startswith(("papermill_runs/", "figures/")) or file == SMOKE.replace("parquet", "yaml")
         if wanted and (ROOT / file).is_file():
@@ -53,16 +58,30 @@ def copy(name):
 
 def snakemake(folder, *flags, **env):
     """Start Snakemake in a copy; its output goes to snakemake.log there."""
-    paths = {"PYTHONPATH": str(folder), "PATH": f"{folder}/bin:{os.environ['PATH']}",
-             "GIT_CEILING_DIRECTORIES": str(FOLDER)}  # a commit meanwhile would be seen in the provenance
+    paths = {
+        "PYTHONPATH": str(folder),
+        "PATH": f"{folder}/bin:{os.environ['PATH']}",
+        "GIT_CEILING_DIRECTORIES": str(FOLDER),
+    }  # a commit meanwhile would be seen in the provenance
     env = os.environ | paths | {"FAILS_ONCE": "none"} | env
-    return subprocess.Popen(["snakemake", *flags], cwd=folder, env=env, stdout=open(folder / "snakemake.log", "w"),
-                            stderr=subprocess.STDOUT)
+    return subprocess.Popen(
+        ["snakemake", *flags], cwd=folder, env=env, stdout=open(folder / "snakemake.log", "w"), stderr=subprocess.STDOUT
+    )
 
 
 def on_slurm(folder, *flags, **env):
-    return snakemake(folder, *flags, "--profile", "profiles/slurm", "--slurm-init-seconds-before-status-checks", "3",
-                     "--latency-wait", "20", *shlex.split(os.environ.get("SLURM_TEST", "")), **env)
+    return snakemake(
+        folder,
+        *flags,
+        "--profile",
+        "profiles/slurm",
+        "--slurm-init-seconds-before-status-checks",
+        "3",
+        "--latency-wait",
+        "20",
+        *shlex.split(os.environ.get("SLURM_TEST", "")),
+        **env,
+    )
 
 
 def ended_well(process, folder):
@@ -84,14 +103,28 @@ def runs():
     FOLDER.mkdir(parents=True)
     say(subprocess.run(["sinfo", "--version"], capture_output=True, text=True, check=True).stdout.strip())
     folders = {name: copy(name) for name in ("faults", "plain", "local", "real", "real-local")}
-    real = ["real", "--config", "model=tiny-llava", "dataset=refstamps", "splits=[val]", "limit=2", "pruner=[random]",
-            "gpu=0"]
+    real = [
+        "real",
+        "--config",
+        "model=tiny-llava",
+        "dataset=refstamps",
+        "splits=[val]",
+        "limit=2",
+        "pruner=[random]",
+        "gpu=0",
+    ]
     started = {
         "faults": on_slurm(folders["faults"], SMOKE, "--config", "shards=4", FAILS_ONCE="1of4"),
         "plain": on_slurm(folders["plain"], SMOKE, "--config", "shards=2"),
         "local": snakemake(folders["local"], SMOKE, "--cores", "1"),
-        "real": on_slurm(folders["real"], *real, "shards=2", "--set-resources", "real_checkpoints:mem_mb=4000",
-                         "real_checkpoints:runtime=60"),
+        "real": on_slurm(
+            folders["real"],
+            *real,
+            "shards=2",
+            "--set-resources",
+            "real_checkpoints:mem_mb=4000",
+            "real_checkpoints:runtime=60",
+        ),
         "real-local": snakemake(folders["real-local"], *real, "--cores", "1"),
     }
     return {name: (process, folders[name]) for name, process in started.items()}
@@ -101,8 +134,11 @@ def runs():
 def faults(runs):
     """The run whose jobs fail: one by itself, the others while they work."""
     process, folder = runs["faults"]
-    harm = {"2of4": ("cancelled", "scancel {}"), "3of4": ("killed by SIGKILL", "scancel --signal=KILL {}.0"),
-            "4of4": ("requeued", "scontrol requeue {}")}
+    harm = {
+        "2of4": ("cancelled", "scancel {}"),
+        "3of4": ("killed by SIGKILL", "scancel --signal=KILL {}.0"),
+        "4of4": ("requeued", "scontrol requeue {}"),
+    }
     while harm:
         assert process.poll() is None, (folder / "snakemake.log").read_text()[-5000:]
         time.sleep(0.02)

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from ..rec.boxes import DIALECTS, FRAMES
-from .scenes import Object, Scene, rng_for
-from .stamps import colours, nouns, plural
+from analysis.rec.boxes import DIALECTS, FRAMES
+from analysis.refstamps.scenes import Object, Scene, rng_for
+from analysis.refstamps.stamps import colours, nouns, plural
 
 SETS = ("refstamps", "refstamps+", "refstampsg")
 LOCATION_WORDS = frozenset("left right top bottom above below first second third far from".split())
@@ -32,7 +32,7 @@ def centre(obj: Object, axis: int) -> float:
 
 
 def groups(scene: Scene) -> Iterator[tuple[str, list[int]]]:
-    """"dog" and "brown dog" with the objects that they fit."""
+    """ "dog" and "brown dog" with the objects that they fit."""
     seen: dict[str, list[int]] = {}
     for i, obj in enumerate(scene.objects):
         seen.setdefault(obj.noun, []).append(i)
@@ -75,7 +75,7 @@ def sides(scene: Scene) -> Iterator[Found]:
 
 
 def ordinals(scene: Scene) -> Iterator[Found]:
-    """"second cow from the left", among three or more."""
+    """ "second cow from the left", among three or more."""
     for name, members in groups(scene):
         if len(members) < 3:
             continue
@@ -103,7 +103,7 @@ def anchors(scene: Scene, noun: str) -> list[Found]:
 
 
 def relations(scene: Scene) -> Iterator[Found]:
-    """"dog above the guitar", where there is more than one dog."""
+    """ "dog above the guitar", where there is more than one dog."""
     for name, members in groups(scene):
         if len(members) < 2:
             continue
@@ -115,7 +115,7 @@ def relations(scene: Scene) -> Iterator[Found]:
 
 
 def long_relations(scene: Scene) -> Iterator[Found]:
-    """"the brown dog that is above the guitar and left of the red car": relations and, where they help, two of them."""
+    """ "the brown dog that is above the guitar and left of the red car": relations and, where they help, two of them."""
     for name, members in groups(scene):
         found = []
         for other, anchor in anchors(scene, name.split()[-1]):
@@ -127,7 +127,7 @@ def long_relations(scene: Scene) -> Iterator[Found]:
             if len(fits) == 1:
                 yield f"the {name} that is {clause}", min(fits)
         for a, (clause, anchor, fits) in enumerate(found):
-            for other_clause, other_anchor, other_fits in found[a + 1:]:
+            for other_clause, other_anchor, other_fits in found[a + 1 :]:
                 if other_anchor != anchor and len(fits & other_fits) == 1:
                     yield f"the {name} that is {clause} and {other_clause}", min(fits & other_fits)
 

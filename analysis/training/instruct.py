@@ -17,25 +17,32 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
-from transformers import (AttentionInterface, Blip2VisionConfig, CLIPModel, LlamaConfig, LlavaConfig, LlavaNextConfig,
-                          PreTrainedConfig)
+from transformers import (
+    AttentionInterface,
+    Blip2VisionConfig,
+    CLIPModel,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaNextConfig,
+    PreTrainedConfig,
+)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from .. import models
-from ..decode import greedy
-from ..models.base import ATTENTION, Model
-from ..models.clip import load as load_clip
-from ..models.minigpt_v2 import MiniGPTv2Config
-from ..models.shikra import ShikraConfig
-from ..positions import layout
-from ..pruning import none, select
-from ..rec.boxes import DIALECTS, FRAMES, hit
-from . import loop
-from .grammar import answer_box, questions, rec_question
-from .grow import grow
-from .scenes import Scene, scene
-from .tokenizer import build as build_tokenizer
-from .tower import GRID, IMAGE, PATCH, eva_from_clip, install_stem
+from analysis import models
+from analysis.engine.decode import greedy
+from analysis.models.base import ATTENTION, Model
+from analysis.models.clip import load as load_clip
+from analysis.models.minigpt_v2 import MiniGPTv2Config
+from analysis.models.shikra import ShikraConfig
+from analysis.models.stem import GRID, IMAGE, PATCH, eva_from_clip, install_stem
+from analysis.positions import layout
+from analysis.pruning import none, select
+from analysis.rec.boxes import DIALECTS, FRAMES, hit
+from analysis.refstamps.grammar import answer_box, questions, rec_question
+from analysis.refstamps.scenes import Scene, scene
+from analysis.training import loop
+from analysis.training.grow import grow
+from analysis.training.tokenizer import build as build_tokenizer
 
 MEAN, STD = loop.MEAN.tolist(), loop.STD.tolist()
 PINPOINTS = [[IMAGE, 2 * IMAGE], [2 * IMAGE, IMAGE]]  # height, width of LLaVA-NeXT's mosaics: two tiles for every scene
@@ -49,36 +56,60 @@ IMAGE_FIRST = "In {image}, I need the bounding box coordinates of {{}}."
 def text_config(vocab: int, width: int, layers: int) -> LlamaConfig:
     """Heads of 32. The rotary base gives one frequency pair the period of an image row (12 tokens): a 128-wide head
     has such a pair anyway, a 32-wide one has only sixteen to choose from."""
-    return LlamaConfig(vocab_size=vocab, hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers,
-                       num_attention_heads=width // 32, num_key_value_heads=width // 32, max_position_embeddings=1024,
-                       tie_word_embeddings=False, bos_token_id=1, eos_token_id=3, pad_token_id=0,
-                       rope_parameters=dict(rope_type="default", rope_theta=(GRID / (2 * math.pi)) ** 16))
+    return LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 32,
+        num_key_value_heads=width // 32,
+        max_position_embeddings=1024,
+        tie_word_embeddings=False,
+        bos_token_id=1,
+        eos_token_id=3,
+        pad_token_id=0,
+        rope_parameters=dict(rope_type="default", rope_theta=(GRID / (2 * math.pi)) ** 16),
+    )
 
 
 def family_of(name: str) -> str:
     """The model's family, a name in `models.FAMILIES`."""
-    return {"tiny-llava-next": "llava_next", "tiny-shikra": "shikra", "tiny-minigpt-v2": "minigpt_v2"}.get(name, "llava")
+    return {"tiny-llava-next": "llava_next", "tiny-shikra": "shikra", "tiny-minigpt-v2": "minigpt_v2"}.get(
+        name, "llava"
+    )
 
 
 def config_of(name: str, tokenizer, clip: CLIPModel) -> PreTrainedConfig:
     """The configuration of an embedded model. `clip` in it names the folder beside it, for pruners that read words."""
     wide, vision = name == "tiny-llava-wide", clip.config.vision_config
-    common = dict(text_config=text_config(len(tokenizer), 192 if wide else 128, 6 if wide else 5), clip="tiny-clip",
-                  image_seq_length=GRID * GRID, tie_word_embeddings=False)
+    common = dict(
+        text_config=text_config(len(tokenizer), 192 if wide else 128, 6 if wide else 5),
+        clip="tiny-clip",
+        image_seq_length=GRID * GRID,
+        tie_word_embeddings=False,
+    )
     image = tokenizer.convert_tokens_to_ids("<im_patch>" if name == "tiny-shikra" else "<image>")
     match family_of(name):
         case "llava":
             return LlavaConfig(vision_config=vision, image_token_index=image, **common)
         case "llava_next":
-            return LlavaNextConfig(vision_config=vision, image_token_index=image, image_grid_pinpoints=PINPOINTS,
-                                   frame="resized", **common)
+            return LlavaNextConfig(
+                vision_config=vision, image_token_index=image, image_grid_pinpoints=PINPOINTS, frame="resized", **common
+            )
         case "shikra":
             return ShikraConfig(vision_config=vision, image_token_index=image, **common)
         case "minigpt_v2":
             eva = Blip2VisionConfig(
-                hidden_size=vision.hidden_size, intermediate_size=vision.intermediate_size, stem=vision.stem,
-                num_hidden_layers=vision.num_hidden_layers, num_attention_heads=vision.num_attention_heads,
-                image_size=EVA_IMAGE, patch_size=PATCH, hidden_act=vision.hidden_act, layer_norm_eps=vision.layer_norm_eps)
+                hidden_size=vision.hidden_size,
+                intermediate_size=vision.intermediate_size,
+                stem=vision.stem,
+                num_hidden_layers=vision.num_hidden_layers,
+                num_attention_heads=vision.num_attention_heads,
+                image_size=EVA_IMAGE,
+                patch_size=PATCH,
+                hidden_act=vision.hidden_act,
+                layer_norm_eps=vision.layer_norm_eps,
+            )
             return MiniGPTv2Config(vision_config=eva, image_token_index=image, **common)
 
 
@@ -169,13 +200,23 @@ def packed(rows: Sequence[Row], embed: nn.Embedding) -> tuple[Tensor, Tensor, Te
         places.append(torch.cat([torch.arange(start, start + length, device=device) for length in lengths]))
         block.append(torch.arange(len(asked), device=device).repeat_interleave(torch.tensor(lengths, device=device)))
         # the hidden state before each answer token predicts it
-        labels.append(torch.tensor([label for question, answer in asked
-                                    for label in [-100] * (len(question) - 1) + answer + [-100]], device=device))
-    ids, places, block, labels = (pad_sequence(column, batch_first=True, padding_value=fill) for column, fill in
-                                  ((ids, 0), (places, 0), (block, -1), (labels, -100)))
+        labels.append(
+            torch.tensor(
+                [label for question, answer in asked for label in [-100] * (len(question) - 1) + answer + [-100]],
+                device=device,
+            )
+        )
+    ids, places, block, labels = (
+        pad_sequence(column, batch_first=True, padding_value=fill)
+        for column, fill in ((ids, 0), (places, 0), (block, -1), (labels, -100))
+    )
     length = context + ids.shape[1]
-    shared = pad_sequence([torch.full((len(b),), -2, device=device) for b in before], batch_first=True,
-                          padding_side="left", padding_value=-3)
+    shared = pad_sequence(
+        [torch.full((len(b),), -2, device=device) for b in before],
+        batch_first=True,
+        padding_side="left",
+        padding_value=-3,
+    )
     block = torch.cat([shared, block], 1)
     causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
     mask = causal & ((block[:, :, None] == block[:, None, :]) | (block[:, None, :] == -2))
@@ -201,9 +242,13 @@ class PackedAttention:
             return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **others)
         query, key = (query * scaling).to(value.dtype), key.to(value.dtype)
         first, rest = slice(None, self.context), slice(self.context, None)
-        made = torch.cat([self.part(query[:, :, first], key[:, :, first], value[:, :, first],
-                                    attention_mask[:, :, first, first]),
-                          self.part(query[:, :, rest], key, value, attention_mask[:, :, rest])], 2)
+        made = torch.cat(
+            [
+                self.part(query[:, :, first], key[:, :, first], value[:, :, first], attention_mask[:, :, first, first]),
+                self.part(query[:, :, rest], key, value, attention_mask[:, :, rest]),
+            ],
+            2,
+        )
         return made.transpose(1, 2), None
 
 
@@ -239,6 +284,7 @@ def asked(
     alone: one referring expression, in the words of evaluation. Otherwise `count` questions, for which Shikra, whose
     expressions stand before the image, is asked with the image first.
     """
+
     def write(scene: Scene, i: int) -> str:
         return answer_box(scene, i, model.frame, model.dialect)
 
@@ -271,7 +317,7 @@ def accuracy(model: Model, scenes: Sequence[Scene]) -> float:
     rng, right = np.random.default_rng(0), []
     pairs = [(s, *pair) for s in scenes if (pair := rec_question(s, rng))]
     for at in range(0, len(pairs), 50):
-        part, embeds, places = pairs[at:at + 50], [], []
+        part, embeds, places = pairs[at : at + 50], [], []
         for drawn, expression, _ in part:
             visual = model.encode([drawn.image])
             tokens = select(none.prune, visual, None, [0])[0].features
@@ -308,8 +354,14 @@ def train(name: str, args) -> None:
         rng = np.random.default_rng([17, step])
         while True:
             alone = model.dialect == "shikra" and rng.random() < args.alone
-            yield [(seen, prefix, blocks) for drawn, seen in pool.sample(2 * args.batch if alone else args.batch)
-                   for prefix, blocks in asked(model, drawn, rng, args.questions, alone)], pool.drawn
+            yield (
+                [
+                    (seen, prefix, blocks)
+                    for drawn, seen in pool.sample(2 * args.batch if alone else args.batch)
+                    for prefix, blocks in asked(model, drawn, rng, args.questions, alone)
+                ],
+                pool.drawn,
+            )
 
     digits = torch.zeros(len(model.tokenizer), dtype=torch.bool, device=args.device)
     digits[model.tokenizer.convert_tokens_to_ids(list("0123456789"))] = True
@@ -318,8 +370,9 @@ def train(name: str, args) -> None:
         with loop.autocast(args.device):
             rows = [(prefix, connected(model, seen), blocks) for seen, prefix, blocks in batch]
             embeds, positions, mask, labels, attention.context = packed(rows, model.embed)
-            states = decoder(inputs_embeds=embeds, position_ids=positions, attention_mask=mask,
-                             use_cache=False).last_hidden_state[:, attention.context:]
+            states = decoder(
+                inputs_embeds=embeds, position_ids=positions, attention_mask=mask, use_cache=False
+            ).last_hidden_state[:, attention.context :]
             chosen = labels != -100
             logits = model.head(states[chosen]).float()
         loss = F.cross_entropy(logits, labels[chosen], reduction="none")

@@ -26,7 +26,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
-from analysis.cascade import NAME, Level, level
+from analysis.engine.shared_prefix import NAME, Level, level
 
 Padding = Literal["left", "right"]
 Context = tuple[Level, ...]  # what sequences come after, from the first to the last
@@ -57,8 +57,10 @@ class RoomyLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         if not start or self.keys.data_ptr() != self.rooms[0].data_ptr() or end > self.rooms[0].shape[-2]:
             # no room, or `batch_select_indices` has put other tensors in place
-            self.rooms = [new.new_empty(*new.shape[:-2], end + (self.ROOM if start else 0), new.shape[-1])
-                          for new in (key_states, value_states)]
+            self.rooms = [
+                new.new_empty(*new.shape[:-2], end + (self.ROOM if start else 0), new.shape[-1])
+                for new in (key_states, value_states)
+            ]
             if start:
                 self.rooms[0][..., :start, :], self.rooms[1][..., :start, :] = self.keys, self.values
         self.rooms[0][..., start:end, :], self.rooms[1][..., start:end, :] = key_states, value_states
@@ -67,7 +69,10 @@ class RoomyLayer(DynamicLayer):
 
 
 def begin(
-    decoder: nn.Module, embeds: Sequence[Tensor], position_ids: Sequence[Tensor], owner: Sequence[int],
+    decoder: nn.Module,
+    embeds: Sequence[Tensor],
+    position_ids: Sequence[Tensor],
+    owner: Sequence[int],
     context: Context = (),
 ) -> Context:
     """Run M shared beginnings (prompt, image) once, for the sequences that go on from them.
@@ -83,7 +88,10 @@ def begin(
 
 @torch.inference_mode()
 def hidden_states(
-    decoder: nn.Module, embeds: Sequence[Tensor], position_ids: Sequence[Tensor], padding: Padding = "left",
+    decoder: nn.Module,
+    embeds: Sequence[Tensor],
+    position_ids: Sequence[Tensor],
+    padding: Padding = "left",
     context: Context = (),
 ) -> tuple[Tensor, Cache, Tensor]:
     """Run a ragged batch: last hidden states [B, L, D], the filled cache, and which places are tokens [B, L] bool.
@@ -94,8 +102,10 @@ def hidden_states(
     context where the decoder's attention is not "cascade".
     """
     if context and decoder.config._attn_implementation != NAME:  # others would not see it, and not say so
-        raise ValueError(f"shared beginnings need a decoder with attn_implementation {NAME!r}, this one has "
-                         f"{decoder.config._attn_implementation!r}")
+        raise ValueError(
+            f"shared beginnings need a decoder with attn_implementation {NAME!r}, this one has "
+            f"{decoder.config._attn_implementation!r}"
+        )
     lengths = [len(e) for e in embeds]
     if not lengths or min(lengths) == 0:
         raise ValueError(f"decoding needs at least one sequence and one token in each, got lengths {lengths}")
@@ -108,16 +118,24 @@ def hidden_states(
         pad_sequence(list(rows), batch_first=True, padding_side=padding) for rows in (embeds, position_ids, masks)
     )
     out = decoder(
-        inputs_embeds=states, position_ids=ids, attention_mask=causal_mask(valid, states.dtype),
-        past_key_values=Cache(layer_class_to_replicate=RoomyLayer), use_cache=True, levels=context,
+        inputs_embeds=states,
+        position_ids=ids,
+        attention_mask=causal_mask(valid, states.dtype),
+        past_key_values=Cache(layer_class_to_replicate=RoomyLayer),
+        use_cache=True,
+        levels=context,
     )
     return out.last_hidden_state, out.past_key_values, valid
 
 
 @torch.inference_mode()
 def prefill(
-    decoder: nn.Module, head: nn.Module, embeds: Sequence[Tensor], position_ids: Sequence[Tensor],
-    padding: Padding = "left", context: Context = (),
+    decoder: nn.Module,
+    head: nn.Module,
+    embeds: Sequence[Tensor],
+    position_ids: Sequence[Tensor],
+    padding: Padding = "left",
+    context: Context = (),
 ) -> tuple[Tensor, Cache, Tensor]:
     """Logits [B, V] after each sequence's last token, the cache, and which of its places are tokens [B, L] bool.
 
@@ -207,7 +225,11 @@ def greedy(
         right = fresh & (logits[:, :-1].argmax(dim=-1) == tried) & ~logits[:, :-1].isnan().any(dim=-1)
         agreed = right.long().cumprod(dim=1)
         tokens[rows[:, None], place[:, None] + ahead] = tried.masked_fill(agreed == 0, -1)
-        valid[:, valid.shape[1] - len(ahead):] &= agreed.bool()
+        valid[:, valid.shape[1] - len(ahead) :] &= agreed.bool()
         count = agreed.sum(dim=1)
-        logits, place, next_id = logits[torch.arange(len(rows), device=device), count], place + count, next_id + 1 + count
+        logits, place, next_id = (
+            logits[torch.arange(len(rows), device=device), count],
+            place + count,
+            next_id + 1 + count,
+        )
     return [[token for token in row if token >= 0] if ok else None for row, ok in zip(tokens.tolist(), sane.tolist())]

@@ -12,11 +12,11 @@ import re
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from ..models.base import SYSTEM
-from ..models.llava import REC_QUESTION
-from ..models.minigpt_v2 import MiniGPTv2
-from ..models.shikra import Shikra
-from .grammar import DESCRIBE, vocabulary
+from analysis.models.base import SYSTEM
+from analysis.models.llava import REC_QUESTION
+from analysis.models.minigpt_v2 import MiniGPTv2
+from analysis.models.shikra import Shikra
+from analysis.refstamps.grammar import DESCRIBE, vocabulary
 
 SPACE = "▁"  # stands for a space, as in sentencepiece
 # CLIP's text tower takes eos id 2 for the sign of an old bug and then pools elsewhere: </s> must not be id 2
@@ -26,8 +26,12 @@ EXTRA: dict[str, tuple[list[str], list[str], str]] = {
     "llava": ([], [], ""),
     "llava_next": ([], [], ""),
     "shikra": (["<im_start>", "<im_patch>", "<im_end>"], [",0.", ",1.", f"{SPACE}."], f"Answer {Shikra.rec}"),
-    "minigpt_v2": ([], [f"{SPACE}{mark}" for mark in ("[INST]", "[/INST]", "<Img>", "</Img>", "[refer]", "[vqa]", "{<")]
-                   + ["><", ">}"], MiniGPTv2.rec.replace("[refer]", "")),
+    "minigpt_v2": (
+        [],
+        [f"{SPACE}{mark}" for mark in ("[INST]", "[/INST]", "<Img>", "</Img>", "[refer]", "[vqa]", "{<")]
+        + ["><", ">}"],
+        MiniGPTv2.rec.replace("[refer]", ""),
+    ),
 }
 
 
@@ -46,10 +50,25 @@ def build(family: str = "llava") -> PreTrainedTokenizerFast:
     vocab = {piece: i for i, piece in enumerate(dict.fromkeys([*known, *special, *pieces, *(SPACE + w for w in more)]))}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
-    pattern = "|".join([*map(re.escape, [*pieces, *fixed]), rf",{SPACE}[01]\.", rf"{SPACE}\[[01]\.",
-                        rf"{SPACE}[A-Za-z']+", r"\d", r"[\].,:?\n]"])
+    pattern = "|".join(
+        [
+            *map(re.escape, [*pieces, *fixed]),
+            rf",{SPACE}[01]\.",
+            rf"{SPACE}\[[01]\.",
+            rf"{SPACE}[A-Za-z']+",
+            r"\d",
+            r"[\].,:?\n]",
+        ]
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="removed", invert=True)
     tokenizer.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
-                                   unk_token="<unk>", additional_special_tokens=["<image>", *special],
-                                   padding_side="left", clean_up_tokenization_spaces=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        additional_special_tokens=["<image>", *special],
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )

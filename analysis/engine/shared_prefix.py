@@ -53,12 +53,20 @@ def level(cache: Cache, mask: Tensor, owner: Tensor) -> Level:
     first = torch.arange(len(owner), device=owner.device) - (counts.cumsum(0) - counts)[owner[order]]
     slots = torch.zeros(len(mask), int(counts.max()), dtype=torch.int64, device=owner.device)
     slots[owner[order], first] = order
-    return Level(cache, mask, owner, slots, torch.empty_like(owner).scatter(0, order, owner[order] * slots.shape[1] + first))
+    return Level(
+        cache, mask, owner, slots, torch.empty_like(owner).scatter(0, order, owner[order] * slots.shape[1] + first)
+    )
 
 
 def attend(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float,
-    levels: Sequence[Level] = (), **others,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    levels: Sequence[Level] = (),
+    **others,
 ) -> tuple[Tensor, Tensor | None]:
     """An attention function of transformers, "cascade": its "sdpa" where nothing is shared.
 
@@ -72,7 +80,8 @@ def attend(
     if queries >= LONG:
         key, value = (
             torch.cat([*(getattr(layer, name)[one.owner] for one, layer in zip(levels, kept)), own], dim=2)
-            for name, own in (("keys", key), ("values", value)))
+            for name, own in (("keys", key), ("values", value))
+        )
         masks = [one.mask[one.owner].expand(-1, -1, queries, -1) for one in levels]
         attention_mask = torch.cat([*masks, attention_mask], dim=3)
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **others)
@@ -84,7 +93,9 @@ def attend(
     out = own @ value
     for one, layer, part in zip(levels, kept, shared):
         out = out + one.answered(one.asked(part) @ layer.values)
-    return out.view(batch, heads, queries, width).transpose(1, 2).contiguous(), weights.reshape(batch, heads, queries, -1)
+    return out.view(batch, heads, queries, width).transpose(1, 2).contiguous(), weights.reshape(
+        batch, heads, queries, -1
+    )
 
 
 AttentionInterface.register(NAME, attend)

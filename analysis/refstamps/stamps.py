@@ -3,7 +3,7 @@
 `stamps/` holds a small subset of the Tux Paint stamps (GPL-2, see stamps/COPYRIGHT), shrunk to at most 96 pixels, and
 `manifest.csv`: file, noun, kind (animate or thing), colour (empty where it would be arguable), source path upstream.
 
-    python -m analysis.testbed.stamps FOLDER    # shrink them again from an unpacked tuxpaint-stamps folder
+    python -m analysis.refstamps.stamps FOLDER    # shrink them again from an unpacked tuxpaint-stamps folder
 """
 
 from __future__ import annotations
@@ -18,8 +18,14 @@ from PIL import Image
 
 FOLDER = Path(__file__).parent / "stamps"
 SIDE = 96  # pixels of the longer side: objects in a scene are smaller than this
-PLURALS = {"sheep": "sheep", "fish": "fish", "deer": "deer", "bus": "buses", "mailbox": "mailboxes",
-           "ostrich": "ostriches"}
+PLURALS = {
+    "sheep": "sheep",
+    "fish": "fish",
+    "deer": "deer",
+    "bus": "buses",
+    "mailbox": "mailboxes",
+    "ostrich": "ostriches",
+}
 
 
 @dataclass(frozen=True)

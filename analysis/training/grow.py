@@ -14,6 +14,7 @@ from torch import nn
 
 WRITERS = ("o_proj.weight", "down_proj.weight")  # what a block adds to the residual stream goes through these
 
+
 @torch.no_grad()
 def grow(larger: nn.Module, smaller: nn.Module) -> None:
     """Fill `larger` (decoder, head or connector) so that it computes what `smaller` computes.
@@ -21,8 +22,11 @@ def grow(larger: nn.Module, smaller: nn.Module) -> None:
     Heads keep their size, so the old ones stay whole. Raises ValueError if a part of `smaller` finds no place.
     """
     new, old = dict(larger.named_parameters()), dict(smaller.named_parameters())
-    if lost := [name for name, weight in old.items()
-                if name not in new or any(a > b for a, b in zip(weight.shape, new[name].shape, strict=True))]:
+    if lost := [
+        name
+        for name, weight in old.items()
+        if name not in new or any(a > b for a, b in zip(weight.shape, new[name].shape, strict=True))
+    ]:
         raise ValueError(f"the larger model has no room for {', '.join(lost)}")
     for name, weight in new.items():
         if name not in old:
@@ -34,7 +38,9 @@ def grow(larger: nn.Module, smaller: nn.Module) -> None:
             scale = sqrt(len(old[name]) / len(weight))
         elif name.endswith(WRITERS) or name.startswith("linear_"):
             weight.zero_()
-        elif name.endswith("embed_tokens.weight"):  # known words do not write to new channels; new words are as loud as they
+        elif name.endswith(
+            "embed_tokens.weight"
+        ):  # known words do not write to new channels; new words are as loud as they
             weight.normal_(std=float(old[name].std()))
             weight[: len(old[name])] = 0
         weight[place] = old[name] * scale

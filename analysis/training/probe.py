@@ -1,6 +1,6 @@
 """Does the tower hand absolute positions over? A linear probe for each visual token's row and column.
 
-    python -m analysis.testbed.probe tiny-llava
+    python -m analysis.training.probe tiny-llava
 
 Ridge regression from single tokens, images held out, reported as R^2 (0: nothing, 1: all) on: the frozen tower's
 features, the connector's output, and the language model's hidden states after each block, once with the right position
@@ -17,11 +17,11 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ..decode import causal_mask
-from ..models import MODELS, load
-from ..positions import assign, layout
-from ..pruning import none, select
-from ..rec import datasets
+from analysis.engine.decode import causal_mask
+from analysis.models import MODELS, load
+from analysis.positions import assign, layout
+from analysis.pruning import none, select
+from analysis.rec import datasets
 
 
 def ridge_r2(train: Tensor, test: Tensor, target_train: Tensor, target_test: Tensor, penalty: float = 10.0) -> Tensor:
@@ -43,8 +43,10 @@ def probe(name: str, images: int = 100, seed: int = 0) -> pd.DataFrame:
     seen = [model.encode([picture]) for picture in pictures]  # one by one: their layouts may differ
     count, columns = seen[0].features.shape[1], seen[0].grid[1]  # of the whole image, where there are tiles besides
     prefix, _ = model.prompt("dog")
-    places = {("tower", "none"): torch.cat([visual.signals.patches for visual in seen]),
-              ("connector", "none"): torch.cat([visual.features for visual in seen])}
+    places = {
+        ("tower", "none"): torch.cat([visual.signals.patches for visual in seen]),
+        ("connector", "none"): torch.cat([visual.features for visual in seen]),
+    }
     for label, spec in (("right", "original"), ("shuffled", "shuffled")):
         states = []
         for i, visual in enumerate(seen):
@@ -53,9 +55,14 @@ def probe(name: str, images: int = 100, seed: int = 0) -> pd.DataFrame:
             embeds = torch.cat([model.embed(prefix), features])[None]
             positions = layout(len(prefix), *ids, 0)[None]
             mask = causal_mask(torch.ones(1, embeds.shape[1], dtype=torch.bool), embeds.dtype)
-            out = model.decoder(inputs_embeds=embeds, position_ids=positions, attention_mask=mask,
-                                output_hidden_states=True, use_cache=False)
-            states.append(torch.stack([h[0, len(prefix):][:count] for h in out.hidden_states]))
+            out = model.decoder(
+                inputs_embeds=embeds,
+                position_ids=positions,
+                attention_mask=mask,
+                output_hidden_states=True,
+                use_cache=False,
+            )
+            states.append(torch.stack([h[0, len(prefix) :][:count] for h in out.hidden_states]))
         for block, hidden in enumerate(torch.stack(states, 1)):
             places[f"language model, block {block}" if block else "language model, input", label] = hidden
     where = torch.stack([torch.arange(count) // columns, torch.arange(count) % columns], 1).float()

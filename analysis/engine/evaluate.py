@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from analysis import results
-from analysis.decode import begin, greedy, usual
+from analysis.engine.decode import begin, greedy, usual
 from analysis.models import Model
 from analysis.positions import ORDERS, Ids, assign, layout, parse_spec, reorder
 from analysis.pruning import Pruner, select
@@ -154,8 +154,10 @@ def form(model: Model) -> list[int]:
 def _out_of_memory(model: Model, size: int, what: str) -> int:
     """Half of `size`, with a word to the user. RuntimeError where one is already too many."""
     if size <= 1:
-        raise RuntimeError(f"out of memory on {model.device} with a single {what.removesuffix('s')}; take a GPU with "
-                           "more memory or a smaller model")
+        raise RuntimeError(
+            f"out of memory on {model.device} with a single {what.removesuffix('s')}; take a GPU with "
+            "more memory or a smaller model"
+        )
     if model.device.type == "cuda":
         torch.cuda.empty_cache()
     tqdm.write(f"out of memory on {model.device}: going on with {size // 2} {what} at a time")
@@ -183,19 +185,33 @@ def _answer(
     _, *said = zip(*words.values())
     _, *images, after = zip(*shared.values())
     context = begin(model.decoder, *images, owner, context=begin(model.decoder, *said, after))
-    return greedy(model.decoder, model.head, *zip(*questions), embed=model.embed, max_new_tokens=model.max_new_tokens,
-                  eos=model.eos, context=context, draft=draft)
+    return greedy(
+        model.decoder,
+        model.head,
+        *zip(*questions),
+        embed=model.embed,
+        max_new_tokens=model.max_new_tokens,
+        eos=model.eos,
+        context=context,
+        draft=draft,
+    )
 
 
 def texts(model: Model, answers: Sequence[list[int] | None]) -> tuple[list[str], list[str]]:
     """The texts of `greedy`'s answers, "" where there is none, and why there is none."""
-    return (["" if answer is None else model.text(answer) for answer in answers],
-            ["the model's logits are not numbers (NaN)" if answer is None else "" for answer in answers])
+    return (
+        ["" if answer is None else model.text(answer) for answer in answers],
+        ["the model's logits are not numbers (NaN)" if answer is None else "" for answer in answers],
+    )
 
 
 def _answers(
-    model: Model, placed: dict[Any, tuple[Tensor, Ids]], prompts: dict[str, tuple[Tensor, Tensor]], rows: pd.DataFrame,
-    pace: Pace, bar: tqdm,
+    model: Model,
+    placed: dict[Any, tuple[Tensor, Ids]],
+    prompts: dict[str, tuple[Tensor, Tensor]],
+    rows: pd.DataFrame,
+    pace: Pace,
+    bar: tqdm,
 ) -> tuple[pd.Series, pd.Series]:
     """The model's text for each row, "" where there is none, and why there is none, in batches of similar length.
 
@@ -206,8 +222,12 @@ def _answers(
     while todo:
         part = todo[: pace.expressions]
         try:
-            tokens = _answer(model, {row: placed[row] for row in part},
-                             {row: prompts[rows["expression"][row]] for row in part}, pace.draft)
+            tokens = _answer(
+                model,
+                {row: placed[row] for row in part},
+                {row: prompts[rows["expression"][row]] for row in part},
+                pace.draft,
+            )
         except torch.OutOfMemoryError:
             pace.expressions = _out_of_memory(model, len(part), "expressions")
             continue
@@ -229,9 +249,7 @@ def needs_text(model: Model, prune: Pruner, keep: float | None) -> bool:
     return bool(blank.signals.asked & Signals.TEXT)
 
 
-def _encode(
-    model: Model, images: dict[Any, Image.Image], pace: Pace
-) -> Iterator[tuple[list, VisualTokens]]:
+def _encode(model: Model, images: dict[Any, Image.Image], pace: Pace) -> Iterator[tuple[list, VisualTokens]]:
     """(IDs, tokens) of the images, in batches of one layout."""
     layouts: dict[Hashable, list] = {}
     for image_id, image in images.items():
@@ -249,7 +267,12 @@ def _encode(
 
 
 def _select(
-    model: Model, visual: VisualTokens, image_ids: Sequence[Any], rows: pd.DataFrame, cell: Cell, by_text: bool,
+    model: Model,
+    visual: VisualTokens,
+    image_ids: Sequence[Any],
+    rows: pd.DataFrame,
+    cell: Cell,
+    by_text: bool,
     batch_size: int,
 ) -> dict[Any, Selection]:
     """A Selection for each row, by its index, where there is an image: one an image, or one an expression of it."""
@@ -275,8 +298,15 @@ def whose(model: Model, dataset: RecDataset, rows: pd.DataFrame, columns: Sequen
 
 
 def _pieces(
-    model: Model, dataset: RecDataset, rows: pd.DataFrame, images: dict[Any, Image.Image], errors: dict[Any, str],
-    missing: Sequence[Cell], by_text: dict[tuple, bool], pace: Pace, bar: tqdm,
+    model: Model,
+    dataset: RecDataset,
+    rows: pd.DataFrame,
+    images: dict[Any, Image.Image],
+    errors: dict[Any, str],
+    missing: Sequence[Cell],
+    by_text: dict[tuple, bool],
+    pace: Pace,
+    bar: tqdm,
 ) -> Iterator[tuple[Cell, pd.DataFrame]]:
     """The finished rows of one chunk, cell by cell; images and errors as `_readable` gives them."""
     encoded = list(_encode(model, images, pace))
@@ -287,15 +317,23 @@ def _pieces(
     for cell in missing:
         key = (cell.pruner, cell.keep, cell.seed)
         if key not in made:
-            made[key] = {row: selection for image_ids, visual in encoded for row, selection in
-                         _select(model, visual, image_ids, rows, cell, by_text[key[:2]], pace.expressions).items()}
+            made[key] = {
+                row: selection
+                for image_ids, visual in encoded
+                for row, selection in _select(
+                    model, visual, image_ids, rows, cell, by_text[key[:2]], pace.expressions
+                ).items()
+            }
         once = {id(selection): (selection, rows["image_id"][row]) for row, selection in made[key].items()}
-        done = {name: _place(selection, lengths[i], cell, image_seed(cell.seed, i))
-                for name, (selection, i) in once.items()}
+        done = {
+            name: _place(selection, lengths[i], cell, image_seed(cell.seed, i)) for name, (selection, i) in once.items()
+        }
         placed = {row: done[id(selection)] for row, selection in made[key].items()}
         raw, failed = _answers(model, placed, prompts, rows, pace, bar)
         answered = dict(
-            raw=raw, dialect=model.dialect, frame=model.frame,
+            raw=raw,
+            dialect=model.dialect,
+            frame=model.frame,
             **cell.columns(),
             tokens=[float(len(placed[row][0])) if row in placed else float("nan") for row in rows.index],
             tokens_full=[float(lengths.get(i, "nan")) for i in rows["image_id"]],
@@ -310,8 +348,16 @@ def _device(model: Model) -> str:
 
 
 def evaluate(
-    model: Model, dataset: RecDataset, grid: Sequence[Cell], out: str | Path, *,
-    batch_size: int = 32, chunk: int = 25, shard: str = "1/1", max_failed: float = 0.05, progress: bool = True,
+    model: Model,
+    dataset: RecDataset,
+    grid: Sequence[Cell],
+    out: str | Path,
+    *,
+    batch_size: int = 32,
+    chunk: int = 25,
+    shard: str = "1/1",
+    max_failed: float = 0.05,
+    progress: bool = True,
 ) -> pd.DataFrame:
     """Answer every expression in every cell; write the rows to `out` (Parquet) and return them, cell by cell.
 
@@ -336,8 +382,10 @@ def evaluate(
             raise ValueError(f"{name} must be >= 1, got {size}")
     pieces = len(grid) * -(-dataset.rows["image_id"].nunique() // chunk)
     if (shards := results.parse_shard(shard)[1]) > pieces:
-        raise ValueError(f"shard {shard} of {pieces} pieces of work, each one cell on up to {chunk} images; there can "
-                         f"be no more than {pieces} shards")
+        raise ValueError(
+            f"shard {shard} of {pieces} pieces of work, each one cell on up to {chunk} images; there can "
+            f"be no more than {pieces} shards"
+        )
     by_text = {}
     for pruner, keep in dict.fromkeys((c.pruner, c.keep) for c in grid):
         try:
@@ -346,10 +394,18 @@ def evaluate(
             raise ValueError(f"pruner {pruner!r} cannot run on {model.name} with keep {keep}: {error}") from error
 
     settings = {
-        "model": model.name, "revision": model.revision, "dtype": str(model.dtype), "device": _device(model),
-        "prompt": model.prompt_text("{}"), "max_new_tokens": model.max_new_tokens,
-        "dataset": dataset.name, "split": dataset.split, "batch_size": batch_size, "chunk": chunk,
-        "expressions": results.fingerprint(dataset.rows[_columns(dataset.rows)].to_json()), **results.environment(),
+        "model": model.name,
+        "revision": model.revision,
+        "dtype": str(model.dtype),
+        "device": _device(model),
+        "prompt": model.prompt_text("{}"),
+        "max_new_tokens": model.max_new_tokens,
+        "dataset": dataset.name,
+        "split": dataset.split,
+        "batch_size": batch_size,
+        "chunk": chunk,
+        "expressions": results.fingerprint(dataset.rows[_columns(dataset.rows)].to_json()),
+        **results.environment(),
     }
     key = results.fingerprint({k: v for k, v in settings.items() if k != "commit"})
     whole = settings | {"cells": [cell.columns() for cell in grid]}
@@ -371,9 +427,11 @@ def evaluate(
 def _summary(model: Model, out: Path, rows: pd.DataFrame, pace: Pace, seconds: float) -> str:
     """What a run has done, in a few lines; reasons of failure are counted."""
     invalid = (score_words if "answer" in rows else score)(rows[rows["error"] == ""])["invalid"].sum()
-    lines = [f"{out.name}: {len(rows)} rows, {rows['image_id'].nunique()} images, {invalid} answers that are none, "
-             f"{seconds:.1f} s, {len(rows) / max(seconds, 1e-3):.0f} expressions/s, "
-             f"{pace.tokens / max(seconds, 1e-3):.0f} tokens/s generated"]
+    lines = [
+        f"{out.name}: {len(rows)} rows, {rows['image_id'].nunique()} images, {invalid} answers that are none, "
+        f"{seconds:.1f} s, {len(rows) / max(seconds, 1e-3):.0f} expressions/s, "
+        f"{pace.tokens / max(seconds, 1e-3):.0f} tokens/s generated"
+    ]
     if model.device.type == "cuda":
         lines[0] += f", peak memory {torch.cuda.max_memory_allocated(model.device) / 1e9:.1f} GB"
     failed = rows.loc[rows["error"] != "", "error"]
@@ -382,8 +440,17 @@ def _summary(model: Model, out: Path, rows: pd.DataFrame, pace: Pace, seconds: f
 
 
 def _run(
-    model: Model, dataset: RecDataset, grid: list[Cell], by_text: dict[tuple, bool], out: Path, key: str,
-    provenance: dict, pace: Pace, shard: str, max_failed: float, progress: bool,
+    model: Model,
+    dataset: RecDataset,
+    grid: list[Cell],
+    by_text: dict[tuple, bool],
+    out: Path,
+    key: str,
+    provenance: dict,
+    pace: Pace,
+    shard: str,
+    max_failed: float,
+    progress: bool,
 ) -> pd.DataFrame:
     """Work off the shard's pieces that have no part yet, then merge them, cell by cell."""
     data = dataset.rows.reset_index(drop=True)
@@ -416,6 +483,7 @@ def _run(
             if failed > max_failed * bar.total:
                 raise RuntimeError(
                     f"{failed} of {bar.total} rows have failed, more than the share max_failed={max_failed}; one reason: "
-                    f"{reason}. The rows so far are kept: mend the cause, or give a larger max_failed, and run again")
+                    f"{reason}. The rows so far are kept: mend the cause, or give a larger max_failed, and run again"
+                )
     mine.sort(key=lambda piece: grid.index(piece[1]))  # stable: the chunks of a cell stay in order
     return results.merge(out, [part(*piece) for piece in mine], provenance)

@@ -28,9 +28,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
-from analysis import cascade
-from analysis.decode import Context, begin, greedy, hidden_states
-from analysis.evaluate import EXPRESSION, RecDataset, form, image_seed, texts, whose
+from analysis.engine import shared_prefix as cascade
+from analysis.engine.decode import Context, begin, greedy, hidden_states
+from analysis.engine.evaluate import EXPRESSION, RecDataset, form, image_seed, texts, whose
 from analysis.models import Model
 from analysis.positions import layout
 from analysis.pruning import cls_similarity, prumerge, random, select, text_similarity, trim
@@ -68,8 +68,10 @@ def _random(features: Tensor, seeds: Sequence[int]) -> Tensor:
 def one_grid(visual: VisualTokens) -> VisualTokens:
     """The tokens themselves. Raises ValueError where newlines or tiles stand among them."""
     if visual.tiles is not None or visual.newline is not None:
-        raise ValueError("attention is compared with a pruner's score on models whose visual tokens are one grid; this "
-                         "one has tiles: take tiny-llava, tiny-llava-wide, tiny-shikra or a real LLaVA-1.5")
+        raise ValueError(
+            "attention is compared with a pruner's score on models whose visual tokens are one grid; this "
+            "one has tiles: take tiny-llava, tiny-llava-wide, tiny-shikra or a real LLaVA-1.5"
+        )
     return visual
 
 
@@ -155,12 +157,23 @@ def answers(
     if beta is not None:
         shape = (len(batch.prompts), batch.features.shape[1])
         if beta.shape != shape or not ((beta >= 0) & (beta <= 1)).all():
-            raise ValueError(f"beta must be {list(shape)} in [0, 1], a row for each expression; got {list(beta.shape)} "
-                             f"in [{beta.min():.3g}, {beta.max():.3g}]")
+            raise ValueError(
+                f"beta must be {list(shape)} in [0, 1], a row for each expression; got {list(beta.shape)} "
+                f"in [{beta.min():.3g}, {beta.max():.3g}]"
+            )
         bias = beta.to(batch.features.device).log()
     embeds = [model.embed(after) for _, after in batch.prompts]
-    return greedy(model.decoder, model.head, embeds, batch.positions()[1], embed=model.embed,
-                  max_new_tokens=model.max_new_tokens, eos=model.eos, context=batch.begun(model, bias), draft=draft)
+    return greedy(
+        model.decoder,
+        model.head,
+        embeds,
+        batch.positions()[1],
+        embed=model.embed,
+        max_new_tokens=model.max_new_tokens,
+        eos=model.eos,
+        context=batch.begun(model, bias),
+        draft=draft,
+    )
 
 
 @contextmanager
@@ -170,8 +183,10 @@ def captured(decoder: nn.Module) -> Iterator[list[Tensor]]:
     The fused kernels, which keep their attention to themselves, are not used meanwhile.
     """
     seen, usual = [], cascade.LONG
-    hooks = [layer.self_attn.register_forward_hook(lambda module, args, out: seen.append(out[1].float().mean(dim=1)))
-             for layer in decoder.layers]
+    hooks = [
+        layer.self_attn.register_forward_hook(lambda module, args, out: seen.append(out[1].float().mean(dim=1)))
+        for layer in decoder.layers
+    ]
     cascade.LONG = math.inf
     try:
         yield seen
@@ -247,8 +262,16 @@ def agreement(looks: Sequence[Look], beta: Tensor, stay: Tensor, sink: Tensor) -
 
 
 def measure(
-    model: Model, dataset: RecDataset, pruners: Sequence[str], keeps: Sequence[float], soft: Sequence[str] = (), *,
-    sink: float | None = SINK, seed: int = 0, chunk: int = 10, progress: bool = True,
+    model: Model,
+    dataset: RecDataset,
+    pruners: Sequence[str],
+    keeps: Sequence[float],
+    soft: Sequence[str] = (),
+    *,
+    sink: float | None = SINK,
+    seed: int = 0,
+    chunk: int = 10,
+    progress: bool = True,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Attention against selection, and answers under soft selection: two frames, a row for each expression and cell.
 
@@ -276,15 +299,29 @@ def measure(
         sunk = torch.stack([sinks(some, sink) for some in of_image])[index]
         for name, keep in product(pruners, keeps):
             stay = survivors(select(prune[name], pairs, keep, seeds), n)
-            looked.append(asked.assign(pruner=name, keep=keep, seed=seed, tokens=stay.sum(1).tolist(),
-                                       steps=[len(one.answer) for one in looks],
-                                       **agreement(looks, scores.get(name, unknown), stay, sunk)))
+            looked.append(
+                asked.assign(
+                    pruner=name,
+                    keep=keep,
+                    seed=seed,
+                    tokens=stay.sum(1).tolist(),
+                    steps=[len(one.answer) for one in looks],
+                    **agreement(looks, scores.get(name, unknown), stay, sunk),
+                )
+            )
         for name, keep in product(soft, keeps):
             raw, error = texts(model, answers(model, batch, soft_weights(scores[name], keep), draft))
-            answered.append(asked.assign(
-                raw=raw, dialect=model.dialect, frame=model.frame,
-                **Cell(name, keep, "raster", "original", seed).columns(),
-                tokens=float(n), tokens_full=float(n), error=error))
+            answered.append(
+                asked.assign(
+                    raw=raw,
+                    dialect=model.dialect,
+                    frame=model.frame,
+                    **Cell(name, keep, "raster", "original", seed).columns(),
+                    tokens=float(n),
+                    tokens_full=float(n),
+                    error=error,
+                )
+            )
     return tuple(pd.concat(tables, ignore_index=True) if tables else pd.DataFrame() for tables in (looked, answered))
 
 
@@ -307,8 +344,13 @@ def _spearman(x: NDArray, y: NDArray, groups: NDArray) -> NDArray:
 
 
 def rank_correlations(
-    measures: Mapping[str, Ratio], outcome: Ratio, groups: Sequence[Any], reference: str, level: float = 0.95,
-    resamples: int = 2000, seed: int = 0,
+    measures: Mapping[str, Ratio],
+    outcome: Ratio,
+    groups: Sequence[Any],
+    reference: str,
+    level: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
 ) -> list[dict[str, Any]]:
     """Spearman's rho of each measure with the outcome over P points: a dict for each measure.
 
@@ -329,6 +371,17 @@ def rank_correlations(
     for name, values in rho.items():
         less = values - rho[reference]
         low, high, less_low, less_high = (float(q) for v in (values, less) for q in np.nanquantile(v[1:], tails))
-        rows.append({"measure": name, "rho": float(values[0]), "low": low, "high": high, "difference": float(less[0]),
-                     "difference_low": less_low, "difference_high": less_high, "points": len(groups), "images": images})
+        rows.append(
+            {
+                "measure": name,
+                "rho": float(values[0]),
+                "low": low,
+                "high": high,
+                "difference": float(less[0]),
+                "difference_low": less_low,
+                "difference_high": less_high,
+                "points": len(groups),
+                "images": images,
+            }
+        )
     return rows

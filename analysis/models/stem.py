@@ -18,8 +18,11 @@ GRID = IMAGE // PATCH
 
 def block(inputs: int, outputs: int, stride: int) -> nn.Sequential:
     """Replicated borders: zero padding would tell a patch how near the border it is."""
-    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False, padding_mode="replicate"),
-                         nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False, padding_mode="replicate"),
+        nn.BatchNorm2d(outputs),
+        nn.ReLU(inplace=True),
+    )
 
 
 class ConvStem(nn.Module):
@@ -84,10 +87,26 @@ def eva_from_clip(eva: nn.Module, clip: nn.Module) -> None:
 
 def clip_config(vocab: int, width: int = 128) -> CLIPConfig:
     """The tiny CLIP's sizes; the text tower reads the tokenizer's ids."""
-    vision = dict(hidden_size=width, intermediate_size=3 * width, num_hidden_layers=4, num_attention_heads=4,
-                  image_size=IMAGE, patch_size=PATCH, stem=[32, 64, 96, 128])
-    text = dict(vocab_size=vocab, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2,
-                num_attention_heads=4, max_position_embeddings=40, bos_token_id=1, eos_token_id=3, pad_token_id=0)
+    vision = dict(
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        image_size=IMAGE,
+        patch_size=PATCH,
+        stem=[32, 64, 96, 128],
+    )
+    text = dict(
+        vocab_size=vocab,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=40,
+        bos_token_id=1,
+        eos_token_id=3,
+        pad_token_id=0,
+    )
     return CLIPConfig(text_config=text, vision_config=vision, projection_dim=width)
 
 

@@ -7,12 +7,12 @@ import torch
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
-from . import loop
-from .grammar import caption
-from .scenes import Scene, scene
-from .stamps import stamps
-from .tokenizer import build as build_tokenizer
-from .tower import GRID, PATCH, StemClip, clip_config, project_patches
+from analysis.models.stem import GRID, PATCH, StemClip, clip_config, project_patches
+from analysis.refstamps.grammar import caption
+from analysis.refstamps.scenes import Scene, scene
+from analysis.refstamps.stamps import stamps
+from analysis.training import loop
+from analysis.training.tokenizer import build as build_tokenizer
 
 
 def names() -> list[str]:
@@ -39,11 +39,18 @@ def train(args) -> None:
     tokenizer = build_tokenizer()
     model = StemClip(clip_config(len(tokenizer))).to(args.device)
     classes = {name: i for i, name in enumerate(["", *names()])}
-    prompts = tokenizer([f"a photo of {name}".strip() + "</s>" for name in classes], return_tensors="pt",
-                        padding=True, padding_side="right", return_token_type_ids=False).to(args.device)
+    prompts = tokenizer(
+        [f"a photo of {name}".strip() + "</s>" for name in classes],
+        return_tensors="pt",
+        padding=True,
+        padding_side="right",
+        return_token_type_ids=False,
+    ).to(args.device)
 
     def prepare(items):
-        return [(torch.from_numpy(loop.padded(picture)), drawn, patch_labels(drawn, classes)) for drawn, picture in items]
+        return [
+            (torch.from_numpy(loop.padded(picture)), drawn, patch_labels(drawn, classes)) for drawn, picture in items
+        ]
 
     def make_batches(start, step):
         pool = loop.Pool(start, args.pool, args.fresh, args.workers, prepare, step)
@@ -62,8 +69,9 @@ def train(args) -> None:
 
     def losses(batch):
         pixels, texts, labels = batch
-        tokens = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right",
-                           return_token_type_ids=False).to(args.device)
+        tokens = tokenizer(
+            texts, return_tensors="pt", padding=True, padding_side="right", return_token_type_ids=False
+        ).to(args.device)
         labels = labels.to(args.device)
         with loop.autocast(args.device):
             seen = model.vision_model(pixel_values=loop.normalised(pixels.to(args.device)))
@@ -79,8 +87,11 @@ def train(args) -> None:
         foreground = labels > 0
         right = (patches.argmax(-1) == labels)[foreground].float().mean()
         retrieved = (pairs.argmax(-1) == target).float().mean()
-        return contrast, region, dict(contrast=contrast.item(), region=region.item(), patch=right.item(),
-                                      retrieved=retrieved.item())
+        return (
+            contrast,
+            region,
+            dict(contrast=contrast.item(), region=region.item(), patch=right.item(), retrieved=retrieved.item()),
+        )
 
     def loss_of(batch):
         contrast, region, numbers = losses(batch)
@@ -92,9 +103,11 @@ def train(args) -> None:
     def evaluate():
         model.eval()
         rng = np.random.default_rng(0)
-        batch = (torch.from_numpy(np.stack([loop.padded(np.asarray(s.image)) for s in held_out])),
-                 [caption(s, rng) + "</s>" for s in held_out],
-                 torch.from_numpy(np.stack([patch_labels(s, classes) for s in held_out])))
+        batch = (
+            torch.from_numpy(np.stack([loop.padded(np.asarray(s.image)) for s in held_out])),
+            [caption(s, rng) + "</s>" for s in held_out],
+            torch.from_numpy(np.stack([patch_labels(s, classes) for s in held_out])),
+        )
         numbers = losses(batch)[2]
         model.train()
         return round(numbers["patch"], 4)

@@ -23,8 +23,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 from transformers import Cache, LlamaConfig, LlamaModel
 
-from analysis.decode import causal_mask, prefill
-from analysis.evaluate import image_seed
+from analysis.engine.decode import causal_mask, prefill
+from analysis.engine.evaluate import image_seed
 from analysis.models import Model
 from analysis.positions import assign, layout, reorder
 from analysis.pruning import budget, pruner, select
@@ -82,7 +82,9 @@ def decoder_flops(name: str, keep: float) -> int:
         embeds = torch.empty(1, length, sizes["hidden_size"])
         mask = causal_mask(torch.ones(1, length, dtype=torch.bool), embeds.dtype)
         ids = torch.arange(length)[None]
-        return blocks * flops(lambda: block(inputs_embeds=embeds, position_ids=ids, attention_mask=mask, use_cache=False))
+        return blocks * flops(
+            lambda: block(inputs_embeds=embeds, position_ids=ids, attention_mask=mask, use_cache=False)
+        )
 
 
 @torch.inference_mode()
@@ -136,13 +138,28 @@ def measure(
             done = clock(model)
             if cell not in counted:
                 again = partial(prefill, model.decoder, model.head, embeds, positions)
-                counted[cell] = dict(flops=flops(again) / len(first), cache_bytes=cache_bytes(cache) / len(first),
-                                     peak_bytes=peak_bytes(model, again))
+                counted[cell] = dict(
+                    flops=flops(again) / len(first),
+                    cache_bytes=cache_bytes(cache) / len(first),
+                    peak_bytes=peak_bytes(model, again),
+                )
             text = sum(len(prefix) + len(suffix) for prefix, suffix in prompts)
-            rows.append(cell.columns() | dict(
-                model=model.name, revision=model.revision, device=str(model.device), images=len(first), turn=turn,
-                tokens=(sum(map(len, embeds)) - text) / len(first), tokens_full=visual.length,
-                encode_s=encode_s, select_s=selected - start, prefill_s=done - selected, **counted[cell]))
+            rows.append(
+                cell.columns()
+                | dict(
+                    model=model.name,
+                    revision=model.revision,
+                    device=str(model.device),
+                    images=len(first),
+                    turn=turn,
+                    tokens=(sum(map(len, embeds)) - text) / len(first),
+                    tokens_full=visual.length,
+                    encode_s=encode_s,
+                    select_s=selected - start,
+                    prefill_s=done - selected,
+                    **counted[cell],
+                )
+            )
     return pd.DataFrame(rows).query("turn > 0").astype({"keep": float}).reset_index(drop=True)
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image, ImageEnhance
 
-from .stamps import Stamp, nouns, picture, stamps
+from analysis.refstamps.stamps import Stamp, nouns, picture, stamps
 
 SIZES = ((192, 144), (192, 160), (192, 192), (160, 192), (144, 192))  # width, height in pixels: 4:3 to 3:4
 SPLITS = ("train", "val", "testA", "testB", "test", "heldout")  # a scene's seed is (its split's place here, index)
@@ -166,8 +166,14 @@ def scene(split: str, index: int, count: int | None = None) -> Scene:
         placed: list[tuple[int, Image.Image, tuple]] = []
         for i in chosen:
             image = vary(rng, i, float(rng.uniform(LONGEST[0], largest)) * max(size))
-            box = place(rng, image.size, size, [p[2] for p in placed], stamps()[i].noun,
-                        wanted=split == "heldout" and not placed)
+            box = place(
+                rng,
+                image.size,
+                size,
+                [p[2] for p in placed],
+                stamps()[i].noun,
+                wanted=split == "heldout" and not placed,
+            )
             if box is None:
                 break
             placed.append((i, image, box))

@@ -20,12 +20,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 
-from .. import ROOT
-from ..models.base import pad_to_square
-from ..models.llava import Llava
-from .scenes import Scene, scene
+from analysis import ROOT
+from analysis.models.base import pad_to_square
+from analysis.models.llava import Llava
+from analysis.refstamps.scenes import Scene, scene
 
-CHECKPOINTS = Path(__file__).parent / "checkpoints"
+CHECKPOINTS = ROOT / "analysis" / "checkpoints"
 RUNS = ROOT / "runs"
 HELD_OUT = 200  # scenes of the training side that are never trained on, to follow the accuracy without touching val
 MEAN, STD = torch.tensor([0.481, 0.458, 0.408]), torch.tensor([0.269, 0.261, 0.276])  # CLIP's, rounded
@@ -111,15 +111,22 @@ def run(stage: str, model: torch.nn.Module, args, make_batches, loss_of, evaluat
     folder.mkdir(parents=True, exist_ok=True)
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
-        [dict(params=[p for p in trainable if p.ndim > 1], weight_decay=0.05),
-         dict(params=[p for p in trainable if p.ndim <= 1], weight_decay=0.0)], lr=args.lr, betas=(0.9, 0.98))
+        [
+            dict(params=[p for p in trainable if p.ndim > 1], weight_decay=0.05),
+            dict(params=[p for p in trainable if p.ndim <= 1], weight_decay=0.0),
+        ],
+        lr=args.lr,
+        betas=(0.9, 0.98),
+    )
     state = dict(step=0, scenes=0, seconds=0.0)
     if (folder / "state.pt").exists():
         saved = torch.load(folder / "state.pt", map_location=args.device, weights_only=True)
         absent, surplus = model.load_state_dict(saved["model"], strict=False)
         if surplus or any(not key.startswith(FROZEN) for key in absent):
-            raise ValueError(f"{folder / 'state.pt'} is of another model (missing {absent}, surplus {surplus}); "
-                             "move it away to start anew")
+            raise ValueError(
+                f"{folder / 'state.pt'} is of another model (missing {absent}, surplus {surplus}); "
+                "move it away to start anew"
+            )
         optimizer.load_state_dict(saved["optimizer"])
         state = saved["state"]
         print(f"{stage}: going on from step {state['step']}")

@@ -1,0 +1,1 @@
+"""Evaluation: images x cells -> rows, decoding with explicit IDs, shared prefixes, cost."""
