@@ -1,7 +1,7 @@
 """The command line: python -m analysis run | resume | status | doctor | summarize
 
-`run` executes a producer notebook with papermill, as `make paper` does; the executed notebook beside the rows is the log.
-Exit codes: 0 all is well, 1 something failed or is not as it should be, 2 wrong usage.
+`run` executes a producer notebook with papermill, as `make paper` does; the executed notebook beside the rows is the
+log. Exit codes: 0 all is well, 1 something failed or is not as it should be, 2 wrong usage.
 """
 
 from __future__ import annotations

@@ -95,8 +95,8 @@ def percent_axis(axis: plt.Axes, label: str) -> None:
 def accuracy_cell(row: pd.Series) -> str:
     """ "56.6 ±2.1": accuracy and half the width of its interval in per cent, from columns accuracy, low and high.
 
-    With the columns of `stats.gap_pairs` as gap_difference and gap_p_fdr, GAP's cell ends in * where it is significantly
-    better than compact IDs', in v where worse.
+    With the columns of `stats.gap_pairs` as gap_difference and gap_p_fdr, GAP's cell ends in * where it is
+    significantly better than compact IDs', in v where worse.
     """
     mark = ""
     if row["ids"] == "original" and row.get("gap_p_fdr", 1) < 0.05:
@@ -109,8 +109,9 @@ def save_table(
 ) -> Styler:
     """Write figures/<name>.tex (a tabular for \\input, needs booktabs and multirow), .html and .csv.
 
-    shown: text cells as they are to be read, missing ones empty; tidy: the numbers behind them, for the .csv; bold: which
-    cells of shown are best. What LaTeX and HTML take for code is escaped. Returns the table for a notebook to display.
+    shown: text cells as they are to be read, missing ones empty; tidy: the numbers behind them, for the .csv; bold:
+    which cells of shown are best. What LaTeX and HTML take for code is escaped. Returns the table for a notebook to
+    display.
     """
     shown = shown.fillna("")
     bold = pd.DataFrame(False, shown.index, shown.columns) if bold is None else bold

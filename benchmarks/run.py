@@ -7,8 +7,8 @@
 (d) how the time of an evaluation grows with images and cells, that of a prefill with tokens and batch: log-log slopes
 (e) matrix products per second in the prefill, as a share of what one large product reaches on this machine
 
-Writes benchmarks/results.csv. Times on a shared machine drift, so what is compared takes turns; medians over the turns, with
-the quartiles beside them.
+Writes benchmarks/results.csv. Times on a shared machine drift, so what is compared takes turns; medians over the turns,
+with the quartiles beside them.
 """
 
 from __future__ import annotations

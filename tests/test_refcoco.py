@@ -9,6 +9,7 @@ import io
 import json
 import os
 import pickle
+from contextlib import suppress
 from pathlib import Path
 
 import huggingface_hub
@@ -476,10 +477,8 @@ NOISE = settings(max_examples=100, deadline=None, suppress_health_check=[HealthC
 
 def check_noise(path, content):
     path.write_bytes(content)
-    try:
+    with suppress(ValueError):
         read(path)
-    except ValueError:
-        pass
 
 
 @NOISE

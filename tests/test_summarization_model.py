@@ -225,7 +225,7 @@ def test_p_final_on_values_by_hand():
     for layer in (model.gate, model.readout, model.project):
         layer.weight.data.zero_(), layer.bias.data.zero_()
     model.gate.bias.data.fill_(log(1 / 3))
-    state, step = model.step(torch.zeros(1, 3).double(), *model.encode(torch.tensor([[4, UNK, 4]])))
+    _, step = model.step(torch.zeros(1, 3).double(), *model.encode(torch.tensor([[4, UNK, 4]])))
     step = step._replace(alphahat=torch.tensor([[0.5, 0.3, 0.2]], dtype=torch.float64))
     got = model.distribution(step, torch.tensor([[4, 9, 4]]), oov=2)[0]
     expected = [1 / 36] * 9 + [0.75 * 0.3, 0]

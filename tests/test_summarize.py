@@ -149,9 +149,11 @@ def test_training_on_files(tmp_path):
     words = len((tmp_path / "out" / "vocabulary.txt").read_text().splitlines())
     assert words == json.loads((tmp_path / "out" / "config.json").read_text())["sizes"]["vocabulary"] < 200
     systems.rows(systems.load("end-to-end-5", 0, tmp_path / "out"), news.documents("test", 2), beam=2, longest=20)
-    with results.alone(tmp_path / "smoke" / "seed0" / "extractor"):
-        with pytest.raises(RuntimeError, match="another process"):
-            train.train("smoke", (0,), **given, validation=str(tmp_path / "val.jsonl"))
+    with (
+        results.alone(tmp_path / "smoke" / "seed0" / "extractor"),
+        pytest.raises(RuntimeError, match="another process"),
+    ):
+        train.train("smoke", (0,), **given, validation=str(tmp_path / "val.jsonl"))
 
 
 @pytest.mark.parametrize("stage", train.STAGES)

@@ -36,7 +36,8 @@ FAMILIES = {"llava": llava, "llava_next": llava_next, "shikra": shikra, "minigpt
 
 class Known(NamedTuple):
     """A published model. parameters: billions, tower included; tokens: visual, unpruned; download: GB, None where
-    unknown; licence: of the weights; convert: the command that makes it of the original weights, if it has to be made."""
+    unknown; licence: of the weights; convert: the command that makes it of the original weights, if it has to be
+    made."""
 
     parameters: float
     tokens: str
@@ -47,7 +48,7 @@ class Known(NamedTuple):
 
     @property
     def memory(self) -> float:
-        """GB of the weights in 16 bits; the cache of a 7B model takes half a MB more for each token of each sequence."""
+        """GB of the weights in 16 bits; the cache of a 7B model takes half a MB more for each token of a sequence."""
         return 2 * self.parameters
 
 
@@ -110,7 +111,7 @@ def _stored(folder: Path) -> list[int]:
     found = []
     for file in folder.glob("*.safetensors"):
         with safe_open(file, "pt") as weights:
-            found += [prod(weights.get_slice(key).get_shape()) for key in weights.keys()]
+            found += [prod(weights.get_slice(key).get_shape()) for key in weights.keys()]  # noqa: SIM118 (it is no dict)
     return found
 
 

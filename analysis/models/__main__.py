@@ -8,8 +8,8 @@ from analysis.models import KNOWN, MODELS
 
 argparse.ArgumentParser(
     prog="python -m analysis.models",
-    description="List the models that can be evaluated: what they are, what they need, how to get them. Everything that "
-    "takes a model takes a name of this list, a Hugging Face name, or a folder in Hugging Face form.",
+    description="List the models that can be evaluated: what they are, what they need, how to get them. "
+    "Everything that takes a model takes a name of this list, a Hugging Face name, or a folder in Hugging Face form.",
 ).parse_args()
 print("Embedded, ready to use:", ", ".join(MODELS), "\n")
 print(

@@ -206,7 +206,8 @@ def feature_layer(config) -> int:
 
 
 def parts(whole: nn.Module, source: str, name: str, revision: str, device: str) -> dict:
-    """The fields of `Model` that are found alike in all families, from a LLaVA-like model and the folder of its other files.
+    """The fields of `Model` that are found alike in all families, from a LLaVA-like model and the folder of its other
+    files.
 
     Raises ValueError for a tokenizer without BOS or EOS, OSError where a file is missing.
     """

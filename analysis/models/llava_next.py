@@ -1,14 +1,14 @@
 """LLaVA-NeXT (LLaVA-1.6): LLaVA-1.5's parts, and the image also in tiles of higher resolution (llava-vl.github.io).
 
 Facts this file fixes, as in transformers: first the whole image, plainly resized; then a mosaic of tiles, the image
-resized and padded to the one of `image_grid_pinpoints` that suits it best, of which the padding's tokens are dropped and
-after each of whose rows a learned newline token follows. The prompt is Vicuna's as in LLaVA-1.5, or Mistral's.
+resized and padded to the one of `image_grid_pinpoints` that suits it best, of which the padding's tokens are dropped
+and after each of whose rows a learned newline token follows. The prompt is Vicuna's as in LLaVA-1.5, or Mistral's.
 
 The whole image and the mosaic are pruned each by itself (`pruning.select`). Of the mosaic, patches, keys and [CLS]
 attention are its tiles' own; where a method needs one [CLS], it is the whole image's.
 
-In which frame the real checkpoints answer is documented nowhere: "frame" in config.json says it, "padded" is the default
-because LLaVA-1.5's training answers are in it. `12_real_checkpoints` measures it.
+In which frame the real checkpoints answer is documented nowhere: "frame" in config.json says it, "padded" is the
+default because LLaVA-1.5's training answers are in it. `12_real_checkpoints` measures it.
 """
 
 from __future__ import annotations

@@ -2,13 +2,13 @@
 github.com/Vision-CAIR/MiniGPT-4).
 
 Facts this file fixes, from the upstream code: the image is resized to the tower's square, its aspect lost; the tower's
-last layer is normalised, [CLS] dropped, and four consecutive patches of a row are laid side by side: a token is a strip of
-1 x 4 patches (at 448 pixels 32 rows x 8 columns). The text before and the text after the image are tokenized apart,
+last layer is normalised, [CLS] dropped, and four consecutive patches of a row are laid side by side: a token is a strip
+of 1 x 4 patches (at 448 pixels 32 rows x 8 columns). The text before and the text after the image are tokenized apart,
 and BOS stands there twice, once from the template and once from the tokenizer. A box is answered as
 "{<x1><y1><x2><y2>}", whole per cents of the image's width and height.
 
-EVA-CLIP's text tower is not part of the model, so it offers no signals of text. Upstream publishes the connector and LoRA
-weights; `convert.py` makes a folder of the class below from them, EVA's weights and Llama-2-chat.
+EVA-CLIP's text tower is not part of the model, so it offers no signals of text. Upstream publishes the connector and
+LoRA weights; `convert.py` makes a folder of the class below from them, EVA's weights and Llama-2-chat.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""What flows through the summarizer: a batch of articles as word IDs, with the words outside the vocabulary numbered on.
+"""What flows through the summarizer: a batch of articles as word IDs, with the words outside the vocabulary numbered
+on.
 
-IDs 0..V-1 are the vocabulary's; in `extended` and `target` the words of an article that are outside it are V, V + 1, ...
-in order of their first appearance there, so that they can be copied.
+IDs 0..V-1 are the vocabulary's; in `extended` and `target` the words of an article that are outside it are V, V + 1,
+... in order of their first appearance there, so that they can be copied.
 """
 
 from __future__ import annotations

@@ -126,7 +126,8 @@ def _features(example: bytes) -> dict[str, str]:
     for entry in (entry for features in _fields(example, 1) for entry in _fields(features, 1)):
         name = b"".join(_fields(entry, 1)).decode()
         texts = [text for feature in _fields(entry, 2) for values in _fields(feature, 1) for text in _fields(values, 1)]
-        found |= {name: text.decode() for text in texts[:1]}
+        if texts:
+            found[name] = texts[0].decode()
     return found
 
 

@@ -431,6 +431,7 @@ class Topic(NamedTuple):
 def topics() -> dict[str, Topic]:
     """What STORIES says."""
     found: dict[str, Topic] = {}
+    said = ""  # the sentence that the line "=> ..." after it restates
     for line in STORIES.strip().splitlines():
         if line.startswith("# "):
             name, lists = line[2:].split(": ")
