@@ -134,7 +134,11 @@ def test_prompt(case):
     holder = "<im_patch>" if case.family == "shikra" else "<ImageHere>"
     assert case.model.prompt_text("cup") == TEXTS[case.family].format("cup").replace("|", holder)
     with pytest.raises(ValueError, match="a prompt needs exactly one image.*got 2"):
-        case.model.prompt(f"the {holder} cat")
+        case.model.split(f"{case.model.image} {case.model.rec}", "cat")
+    bos = case.model.tokenizer.bos_token_id
+    for spelt in ("<s>", case.model.image):  # read as text, whatever it spells
+        found, plain = (torch.cat(case.model.prompt(words)).tolist() for words in (f"the {spelt} cat", "the cat"))
+        assert len(found) > len(plain) and found.count(bos) == plain.count(bos)
 
 
 def test_unpruned_equals_the_plain_forward(case):

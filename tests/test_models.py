@@ -120,8 +120,9 @@ def test_prompt_is_split_at_the_image(tiny):
     assert tiny.image_token not in torch.cat([prefix, suffix])
     assert prefix.tolist() == [tiny.tokenizer.bos_token_id, *whole[: len(prefix) - 1]]
     assert tiny.text(suffix[-6:].tolist()) == ": the red cat ASSISTANT :"
-    with pytest.raises(ValueError, match="exactly one image token, got 2"):
-        tiny.prompt("the <image> cat")
+    assert tiny.image_token not in torch.cat(tiny.prompt("the <image> cat"))
+    with pytest.raises(ValueError, match="exactly one image '<image>', got 2"):
+        tiny.split("<image> {} <image>", "the cat")
 
 
 def test_missing_models_name_the_way_out(tmp_path, monkeypatch):

@@ -34,6 +34,17 @@ ATTENTION = {"vision_config": "eager", "text_config": cascade.NAME}
 LONGEST = 2**14  # pixels of an image's longer side: its square in RGB takes 0.8 GB
 
 
+def plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token IDs of a text in which no added token is read, also where its letters spell one, such as "<image>"."""
+    if not tokenizer.is_fast:
+        return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+    # `split_special_tokens` still reads added tokens that are not marked as special, so the pipeline is run without any
+    backend = tokenizer.backend_tokenizer
+    text = backend.normalizer.normalize_str(text) if backend.normalizer else text
+    parts = [part for part, _ in backend.pre_tokenizer.pre_tokenize_str(text)] if backend.pre_tokenizer else [text]
+    return [token.id for part in parts for token in backend.model.tokenize(part)]
+
+
 def pad_to_square(image: Image.Image, fill: tuple[int, int, int]) -> Image.Image:
     """The image centred in a square of its longer side, at whole-pixel offsets; the frame "padded" inverts this."""
     side = max(image.size)
@@ -53,8 +64,9 @@ class Model:
     chat: the whole prompt, "{}" for a message; max_new_tokens: enough for a box in a 32k vocabulary.
 
     Of a family: ask_for: message of any question about one image, rec: of a
-    referring expression, both with the image's words `image` in them; dialect, frame: names in
-    `rec.boxes`; fill: RGB of the padding.
+    referring expression, both with the image's words `image` in them and "{}" for the question or expression;
+    marks: the special tokens of `image` that enclose the visual tokens; dialect, frame: names in `rec.boxes`; fill: RGB
+    of the padding.
     """
 
     name: str
@@ -76,6 +88,7 @@ class Model:
     max_new_tokens: int = 40
 
     image: ClassVar[str] = "<image>"
+    marks: ClassVar[tuple[str, str] | None] = None
     ask_for: ClassVar[str]
     rec: ClassVar[str]
     dialect: ClassVar[str]
@@ -146,24 +159,38 @@ class Model:
         questions = [words.format(expression) for expression in expressions]
         return {"clip_text": lambda: self.clip().text(expressions), "clip_prompt": lambda: self.clip().text(questions)}
 
-    def split(self, message: str) -> tuple[Tensor, Tensor]:
-        """Token IDs [P], [S] of the whole prompt before and after the image. ValueError unless it has one image."""
+    def split(self, message: str, words: str) -> tuple[Tensor, Tensor]:
+        """Token IDs [P], [S] of the whole prompt before and after the image.
+
+        message: such as `rec`; words: what stands for its "{}", read as plain text whatever it spells. As in all upstream
+        codes, each side of the image is tokenized by itself, so that a piece "▁" begins both in a Llama tokenizer of any
+        setting. Raises ValueError unless the message has one image.
+        """
+        sides = self.chat.format(message).split(self.image)
+        if len(sides) != 2:
+            raise ValueError(f"a prompt needs exactly one image {self.image!r}, got {len(sides) - 1} in {message!r}")
+        before, after = sides
         # BOS by hand: whether a tokenizer adds it itself depends on how it was saved
-        text = self.tokenizer(self.chat.format(message), add_special_tokens=False).input_ids
-        ids = torch.tensor([self.tokenizer.bos_token_id, *text])
-        (places,) = (ids == self.image_token).nonzero(as_tuple=True)
-        if len(places) != 1:
-            raise ValueError(f"a prompt needs exactly one image token, got {len(places)} in {message!r}")
-        ids = ids.to(self.device)
-        return ids[: places[0]], ids[places[0] + 1 :]
+        start = [self.tokenizer.bos_token_id]
+        while before.startswith(self.tokenizer.bos_token):
+            before = before.removeprefix(self.tokenizer.bos_token)
+            start.append(self.tokenizer.bos_token_id)
+        if self.marks:  # upstream's tokenizer drops the spaces beside them
+            before, after = before.rstrip(), after.lstrip()
+        start += plain_ids(self.tokenizer, before.replace("{}", words))
+        end = plain_ids(self.tokenizer, after.replace("{}", words))
+        if self.marks:
+            opening, closing = self.tokenizer.convert_tokens_to_ids(list(self.marks))
+            start, end = [*start, opening], [closing, *end]
+        return torch.tensor(start, device=self.device), torch.tensor(end, device=self.device)
 
     def ask(self, question: str) -> tuple[Tensor, Tensor]:
         """`split` for any question about the image."""
-        return self.split(self.ask_for.format(question))
+        return self.split(self.ask_for, question)
 
     def prompt(self, expression: str) -> tuple[Tensor, Tensor]:
         """`split` for the box of a referring expression."""
-        return self.split(self.rec.format(expression))
+        return self.split(self.rec, expression)
 
     def prompt_text(self, expression: str) -> str:
         """The whole prompt of `prompt` in words."""

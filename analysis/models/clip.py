@@ -33,7 +33,7 @@ class Clip:
         limit, eos = self.model.config.text_config.max_position_embeddings, self.tokenizer.eos_token_id
         rows = []
         for text in texts:
-            ids = self.tokenizer(text).input_ids
+            ids = self.tokenizer(text, split_special_tokens=True).input_ids  # of the text, whatever it spells
             ids = ids[:-1] if ids[-1] == eos else ids  # whether a tokenizer adds it depends on how it was saved
             rows.append(torch.tensor([*ids[: limit - 1], eos]))
         device = self.model.text_projection.weight.device

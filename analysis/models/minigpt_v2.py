@@ -103,16 +103,6 @@ class MiniGPTv2(base.Model):
     def texts(self, expressions: Sequence[str]) -> dict[str, Callable[[], Tensor]]:
         return {}
 
-    def split(self, message: str) -> tuple[Tensor, Tensor]:
-        segments = self.chat.format(message).split(self.image)
-        if len(segments) != 2:
-            raise ValueError(f"a prompt needs exactly one image, got {len(segments) - 1} in {message!r}")
-        before, after = (self.tokenizer(text, add_special_tokens=False).input_ids for text in segments)
-        return (
-            torch.tensor([self.tokenizer.bos_token_id, *before], device=self.device),
-            torch.tensor(after, device=self.device),
-        )
-
 
 def whole_class(config: MiniGPTv2Config) -> tuple[type, dict]:
     """See `llava.whole_class`."""

@@ -1,7 +1,8 @@
 """Shikra: CLIP tower, one linear connector, Llama decoder (arXiv:2306.15195, github.com/shikras/shikra).
 
 Facts this file fixes, from the upstream code: the image is padded to a centred square with white; the connector reads
-the second-last layer without [CLS]; <im_start> and <im_end> enclose the visual tokens; a referring expression is asked
+the second-last layer without [CLS]; <im_start> and <im_end> enclose the visual tokens, and the spaces before and after
+them are no tokens; a referring expression is asked
 for with one of 54 templates drawn at random, most of which put the image after the expression: here always with the
 fifth; a box is answered as "Answer: [x1,y1,x2,y2] .", fractions of the square with three decimals.
 
@@ -39,6 +40,7 @@ AutoConfig.register("shikra", ShikraConfig)
 
 class Shikra(base.Model):
     image = "<im_start><im_patch><im_end>"
+    marks = ("<im_start>", "<im_end>")
     ask_for = f"{image} {{}}"
     rec = f"Can you point out {{}} in the image {image} and provide the coordinates of its location?"
     dialect, frame = "shikra", "padded"

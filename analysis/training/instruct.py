@@ -294,7 +294,7 @@ def asked(
         return
     prompt = model.prompt
     if model.dialect == "shikra":
-        prompt = lambda expression: model.split(IMAGE_FIRST.format(image=model.image).format(expression))  # noqa: E731
+        prompt = lambda expression: model.split(IMAGE_FIRST.format(image=model.image), expression)  # noqa: E731
     rows: dict[tuple, tuple[Tensor, list]] = {}
     for task, question, answer in questions(drawn, rng, count, write):
         prefix, blocks = block(model, (prompt if task == "rec" else model.ask)(question), answer)

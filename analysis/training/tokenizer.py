@@ -42,7 +42,8 @@ def build(family: str = "llava") -> PreTrainedTokenizerFast:
     refer = REC_QUESTION.removesuffix(" {}")
     fixed = [*(phrase.replace(" ", SPACE) for phrase in (refer, DESCRIBE)), "List", "Is", "What", "How"]
     words = dict.fromkeys([*re.findall(r"[A-Za-z']+", SYSTEM), "USER", "ASSISTANT", *vocabulary()])
-    marks = [f"{SPACE}[0.", f"{SPACE}[1.", f",{SPACE}0.", f",{SPACE}1.", "]", ".", ",", ":", "?", "\n"]
+    # a bare SPACE: Llama's token before and after LLaVA's image, where a space or a line break stands alone
+    marks = [SPACE, f"{SPACE}[0.", f"{SPACE}[1.", f",{SPACE}0.", f",{SPACE}1.", "]", ".", ",", ":", "?", "\n"]
     known = [*SPECIAL, *fixed, *marks, *"0123456789", *(SPACE + word for word in words)]
     if family in ("shikra", "minigpt_v2"):  # whose questions follow a space
         pieces = [*pieces, *(SPACE + phrase for phrase in fixed)]
@@ -58,6 +59,7 @@ def build(family: str = "llava") -> PreTrainedTokenizerFast:
             rf"{SPACE}[A-Za-z']+",
             r"\d",
             r"[\].,:?\n]",
+            SPACE,
         ]
     )
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="removed", invert=True)
