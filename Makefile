@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help paper test bench slurm-test setup clean
+.PHONY: help paper test test-fast fuzz bench slurm-test setup clean
 
 help:  ## these lines
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/'
@@ -31,6 +31,16 @@ paper: .venv/ready .snakemake/begun  ## regenerate every figure and table (what 
 
 test: .venv/ready  ## run the tests
 	$(BIN)/python -m pytest -q
+
+# what most changes touch: positions, boxes, scoring, statistics, decoding, pruning
+FAST := $(wildcard $(addprefix tests/test_,$(addsuffix *.py,positions boxes scoring stats decode pruning registry)))
+
+test-fast: .venv/ready  ## run the tests of the core, in less than a minute
+	$(BIN)/python -m pytest -q $(FAST)
+
+fuzz: .venv/ready  ## throw 100,000 broken inputs at every reader
+	$(BIN)/python -m pytest -q -m fuzz
+	$(BIN)/python -m tests.fuzz
 
 bench: .venv/ready  ## measure the engine: benchmarks/results.csv
 	$(BIN)/python benchmarks/run.py

@@ -61,7 +61,10 @@ from analysis.rec import datasets, refcoco
 from analysis.rec.boxes import DIALECTS, FRAMES
 from analysis.rec.scoring import score
 from analysis.summarization import data as news
-from tests import conftest, test_pruning, test_refcoco, test_summarization_data
+from tests.support import checkpoint
+from tests.support import news as stories
+from tests.support import refcoco as forms
+from tests.support.visual import visual
 
 LIMIT = 2.0  # seconds of one core for one input
 MEMORY = 4 * 2**30  # bytes of address space beyond what a target's process has when it begins
@@ -371,8 +374,8 @@ def written(writer: Callable, name: str, **options) -> bytes:
 
 @cache
 def photos() -> Path:
-    test_refcoco.instances(store())
-    return test_refcoco.photos(store() / "photos")
+    forms.instances(store())
+    return forms.photos(store() / "photos")
 
 
 def annotations(data: bytes, folder: Path, name: str, **options) -> pd.DataFrame:
@@ -393,7 +396,7 @@ def pickled(data: bytes, folder: Path) -> None:
 
 def coco(data: bytes, folder: Path) -> None:
     (folder / "instances.json").write_bytes(data)
-    (folder / "refs(unc).p").write_bytes(pickle.dumps(test_refcoco.refs(), 2))
+    (folder / "refs(unc).p").write_bytes(pickle.dumps(forms.refs(), 2))
     refcoco.read(folder, "val")
 
 
@@ -401,7 +404,7 @@ def columns(names: str) -> list[bytes]:
     table = pq.read_table(
         io.BytesIO(
             written(
-                getattr(test_refcoco, names),
+                getattr(forms, names),
                 {"lmms": "val-00000-of-00001.parquet", "jxu124": "validation-00000-of-00001.parquet"}[names],
             )
         )
@@ -429,7 +432,7 @@ def cells(data: bytes, folder: Path) -> None:
 def image_column(data: bytes, folder: Path) -> None:
     """A whole file, but for its images."""
     file = folder / "val-00000-of-00001.parquet"
-    name = test_refcoco.WIDE
+    name = forms.WIDE
     pq.write_table(
         pa.table(
             {
@@ -449,9 +452,9 @@ def image_column(data: bytes, folder: Path) -> None:
 
 
 def image_file(data: bytes, folder: Path) -> None:
-    (folder / test_refcoco.WIDE).write_bytes(data)
-    image = refcoco.folder_images([test_refcoco.WIDE], folder)
-    as_model_takes(refcoco.rgb(image, Path(test_refcoco.WIDE).stem))
+    (folder / forms.WIDE).write_bytes(data)
+    image = refcoco.folder_images([forms.WIDE], folder)
+    as_model_takes(refcoco.rgb(image, Path(forms.WIDE).stem))
 
 
 def as_model_takes(image: Image.Image) -> None:
@@ -759,7 +762,7 @@ def made_of(data: bytes, folder: Path) -> None:
 
 
 def news_json() -> list[bytes]:
-    article, abstract = test_summarization_data.ARTICLE, test_summarization_data.ABSTRACT
+    article, abstract = stories.ARTICLE, stories.ABSTRACT
     return [
         json.dumps(record).encode()
         for record in (
@@ -803,7 +806,7 @@ def grid(data: bytes, _: Path) -> None:
 
 def pruners(data: bytes, _: Path) -> None:
     """A specification that is taken must run, or refuse its options."""
-    found = select(pruner(text(data)), test_pruning.visual(batch=1), 0.5, [0])
+    found = select(pruner(text(data)), visual(batch=1), 0.5, [0])
     assert len(found) == 1 and len(found[0].origin)
 
 
@@ -821,9 +824,9 @@ def shards(data: bytes, _: Path) -> None:
 
 @cache
 def model_folder() -> Path:
-    folder, words = store() / "models" / "tiny", conftest.tokenizer()
+    folder, words = store() / "models" / "tiny", checkpoint.tokenizer()
     torch.manual_seed(0)
-    LlavaForConditionalGeneration(conftest.config(words)).save_pretrained(folder)
+    LlavaForConditionalGeneration(checkpoint.config(words)).save_pretrained(folder)
     words.save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(
         json.dumps(dict(image_processor_type="CLIPImageProcessor", image_mean=[0.5] * 3, image_std=[0.5] * 3))
@@ -905,9 +908,7 @@ TARGETS: dict[str, Target] = {
     "RefCOCO JSON lines": Target(
         "json",
         lambda: [
-            line
-            for writer in (test_refcoco.qwen, test_refcoco.shikra)
-            for line in [written(writer, "rows.jsonl").splitlines()[0]]
+            line for writer in (forms.qwen, forms.shikra) for line in [written(writer, "rows.jsonl").splitlines()[0]]
         ],
         partial(annotations, name="rows.jsonl"),
         r"rows\.jsonl|ref_id",
@@ -915,14 +916,14 @@ TARGETS: dict[str, Target] = {
     ),
     "RefCOCO corrupt lines": Target(
         "text",
-        lambda: [written(writer, "rows.jsonl") for writer in (test_refcoco.qwen, test_refcoco.shikra)],
+        lambda: [written(writer, "rows.jsonl") for writer in (forms.qwen, forms.shikra)],
         partial(annotations, name="rows.jsonl"),
         r"rows\.jsonl|ref_id",
         share=2,
     ),
     "RefCOCO JSON": Target(
         "json",
-        lambda: [written(test_refcoco.minigpt, "refcoco_val.json")],
+        lambda: [written(forms.minigpt, "refcoco_val.json")],
         partial(annotations, name="rows.json"),
         r"rows\.json|ref_id",
         share=2,
@@ -930,8 +931,8 @@ TARGETS: dict[str, Target] = {
     "RefCOCO refs.p": Target(
         "bytes",
         lambda: (
-            [pickle.dumps(test_refcoco.refs(), protocol) for protocol in range(6)]
-            + [written(test_refcoco.refer, "refs(unc).p", protocol=protocol) for protocol in (0, 2)]
+            [pickle.dumps(forms.refs(), protocol) for protocol in range(6)]
+            + [written(forms.refer, "refs(unc).p", protocol=protocol) for protocol in (0, 2)]
         ),
         pickled,
         r"refs\.p|ref_id",
@@ -942,7 +943,7 @@ TARGETS: dict[str, Target] = {
     ),
     "RefCOCO instances.json": Target(
         "json",
-        lambda: [written(test_refcoco.instances, "instances.json")],
+        lambda: [written(forms.instances, "instances.json")],
         coco,
         r"refs\(unc\)\.p|instances|ref_id",
         share=2,
@@ -950,8 +951,8 @@ TARGETS: dict[str, Target] = {
     "RefCOCO Parquet bytes": Target(
         "bytes",
         lambda: [
-            written(test_refcoco.lmms, "val-00000-of-00001.parquet"),
-            written(test_refcoco.jxu124, "validation-00000-of-00001.parquet"),
+            written(forms.lmms, "val-00000-of-00001.parquet"),
+            written(forms.jxu124, "validation-00000-of-00001.parquet"),
         ],
         lambda data, folder: annotations(data, folder, "a.parquet", images=photos()),
         r"a\.parquet|ref_id|\.jpg",
@@ -975,11 +976,11 @@ TARGETS: dict[str, Target] = {
     "news .bin": Target(
         "bytes",
         lambda: [
-            test_summarization_data.chunk(*examples)
+            stories.chunk(*examples)
             for examples in (
-                [test_summarization_data.SEE],
-                [test_summarization_data.HSU],
-                [test_summarization_data.SEE, test_summarization_data.HSU],
+                [stories.SEE],
+                [stories.HSU],
+                [stories.SEE, stories.HSU],
             )
         ],
         partial(documents, name="a.bin"),

@@ -6,7 +6,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import noise
 from hypothesis import given, settings
 from hypothesis import strategies as some
 from scipy.stats import spearmanr
@@ -32,6 +31,7 @@ from analysis.positions import assign, layout
 from analysis.pruning import pruner, select
 from analysis.rec.datasets import RecDataset
 from analysis.types import Signals, VisualTokens
+from tests.support.checkpoint import noise
 
 WORDS = ["red cat", "the left blue dog", "cup", "a red cup right of the dog"]
 IMAGE = [0, 0, 1, 2]

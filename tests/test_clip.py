@@ -5,7 +5,9 @@ import torch
 
 from analysis import models
 from analysis.models import clip
-from tests.test_models import IMAGES
+from tests.support.checkpoint import noise
+
+IMAGES = [noise(40, 30, 0), noise(32, 32, 1)]
 
 
 def test_text_and_patches_equal_transformers_own(tiny):

@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from analysis import models
 from analysis.engine.decode import prefill
 from analysis.models import convert
-from tests.conftest import noise, saved
-from tests.test_families import build
+from tests.support.checkpoint import noise, saved
+from tests.support.families import build
 
 EVA_NAMES = {
     "encoder.layers": "blocks",

@@ -7,62 +7,16 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import pytest
-from PIL import Image, UnidentifiedImageError
 
 from analysis import models, results
 from analysis.engine import evaluate as evaluation
-from analysis.engine.evaluate import cells, evaluate, image_seed, needs_text
+from analysis.engine.evaluate import cells, image_seed, needs_text
 from analysis.pruning import PRUNERS, pruner
 from analysis.rec.scoring import score, score_words, summarise
 from analysis.types import Cell
-
-GRID = cells(["none", "random", "cls_similarity"], [0.25, 0.5], ["method", "shuffled"], ["compact", "original"], 7)
-
-
-@dataclass(frozen=True)
-class Noise:
-    """Images of noise, three expressions each; those in `broken` cannot be read."""
-
-    images: int = 5
-    broken: tuple = ()
-    name: str = "noise"
-    split: str = "val"
-
-    @property
-    def rows(self):
-        texts = ["the red cat", "cup", "dog left of the blue cat"]
-        return pd.DataFrame(
-            [
-                dict(
-                    image_id=i,
-                    ref_id=10 * i + j,
-                    sent_id=100 * i + j,
-                    expression=text,
-                    width=40,
-                    height=30 + i,
-                    x1=1.0,
-                    y1=2.0,
-                    x2=20.0,
-                    y2=25.0,
-                    pixels=1200,
-                )
-                for i in range(self.images)
-                for j, text in enumerate(texts)
-            ]
-        )
-
-    def image(self, image_id):
-        if image_id in self.broken:
-            raise UnidentifiedImageError("torn")
-        pixels = np.random.default_rng(image_id).integers(0, 256, (30 + image_id, 40, 3), dtype=np.uint8)
-        return Image.fromarray(pixels)
-
-
-def run(model, out, grid=GRID, data=Noise(), **options):
-    return evaluate(replace(model, max_new_tokens=6), data, grid, out, **{"chunk": 2, "progress": False} | options)
+from tests.support.rows import GRID, Noise, run
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +68,7 @@ def test_other_cells_and_images_change_nothing(whole, tiny, tmp_path):
 SCRIPT = """
 import sys
 from analysis import models
-from tests.test_evaluate import GRID, run
+from tests.support.rows import GRID, run
 run(models.load(sys.argv[1], device="cpu"), sys.argv[2])
 """
 

@@ -14,63 +14,14 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from analysis import models
 from analysis.engine.decode import greedy, prefill
 from analysis.engine.evaluate import needs_text
-from analysis.models.minigpt_v2 import MiniGPTv2Config, MiniGPTv2ForConditionalGeneration
-from analysis.models.shikra import ShikraConfig, ShikraForConditionalGeneration
 from analysis.models.stem import StemClip, clip_config, eva_from_clip, install_stem
 from analysis.pruning import PRUNERS, budget, pruner
-from tests import conftest
-from tests.conftest import noise, pieces
+from tests.support.checkpoint import noise, pieces
+from tests.support.families import SIDE, STRIP, TEXTS, build
 
-NEW, SIDE, STRIP = 12, 32, 4
-# the prompts to the letter, "|" for the visual tokens
-TEXTS = {
-    "shikra": "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
-    "detailed, and polite answers to the user's questions. USER: Can you point out {} in the image "
-    "<im_start>|<im_end> and provide the coordinates of its location? ASSISTANT:",
-    "minigpt_v2": "<s>[INST] <Img>|</Img> [refer] give me the location of {} [/INST]",
-}
+NEW = 12
 EXPRESSIONS = ["the red cat", "cup left of the blue dog"]
 IMAGES = [noise(40, 30, 0), noise(31, 44, 1)]
-
-
-@torch.no_grad()
-def build(family, stem, folder, side=SIDE):
-    """A random model of a family, saved in the folder."""
-    words = conftest.tokenizer(TEXTS[family].replace("|", " <im_patch> " if family == "shikra" else " "))
-    base, more = conftest.config(words), dict(stem=stem) if stem else {}
-    torch.manual_seed(0)
-    if family == "shikra":
-        return conftest.saved(
-            ShikraForConditionalGeneration(
-                ShikraConfig(
-                    vision_config=base.vision_config.to_dict() | more,
-                    text_config=base.text_config,
-                    image_token_index=words.convert_tokens_to_ids("<im_patch>"),
-                )
-            ),
-            words,
-            folder,
-        )
-    eva = Blip2VisionConfig(
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        image_size=side,
-        patch_size=4,
-        initializer_range=0.4,
-        **more,
-    )
-    whole = MiniGPTv2ForConditionalGeneration(
-        MiniGPTv2Config(vision_config=eva, text_config=base.text_config, image_token_index=base.image_token_index)
-    )
-    tower = whole.model.vision_tower
-    for name, parameter in tower.named_parameters():
-        if "norm" in name or name.endswith("qkv.bias"):
-            parameter.add_(torch.randn_like(parameter) / 4)
-        elif "layers" not in name or "projection" in name or "fc2" in name:
-            parameter.mul_(0.01)  # so small before the last norm that its epsilon shows
-    return conftest.saved(whole, words, folder)
 
 
 @pytest.fixture(

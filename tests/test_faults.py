@@ -11,7 +11,7 @@ import torch
 
 from analysis import results
 from analysis.engine import evaluate as evaluation
-from tests.test_evaluate import GRID, Noise, run
+from tests.support.rows import GRID, Noise, run
 
 ROOT = Path(__file__).parents[1]
 
@@ -84,7 +84,7 @@ def test_too_many_failures_stop_the_run_and_keep_the_rows(tiny, tmp_path):
 
 SCRIPT = """
 import sys
-from tests.test_evaluate import GRID, run
+from tests.support.rows import GRID, run
 from analysis import models
 run(models.load(sys.argv[1], device="cpu"), sys.argv[2], GRID[:6])
 """

@@ -18,8 +18,8 @@ from analysis.engine.decode import greedy, prefill
 from analysis.engine.evaluate import Pace, _encode
 from analysis.positions import assign, layout, reorder
 from analysis.pruning import budget, pruner, select
-from tests import conftest
-from tests.conftest import noise
+from tests.support import checkpoint
+from tests.support.checkpoint import noise
 
 SIDE, GRID = 32, 4  # pixels and tokens of the tower's square
 PINPOINTS = [[32, 64], [64, 32], [64, 64], [96, 32], [32, 96]]  # height, width
@@ -30,8 +30,8 @@ NEW = 8
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """Two random models: by their decoder's name, a folder and transformers' own LLaVA-NeXT."""
-    made, words = {}, conftest.tokenizer("[INST] [/INST]")
-    whole = conftest.config(words)
+    made, words = {}, checkpoint.tokenizer("[INST] [/INST]")
+    whole = checkpoint.config(words)
     mistral = MistralConfig(**{k: v for k, v in whole.text_config.to_dict().items() if k != "model_type"})
     for text in (whole.text_config, mistral):
         folder = tmp_path_factory.mktemp(text.model_type)
@@ -42,7 +42,7 @@ def folders(tmp_path_factory):
             image_grid_pinpoints=PINPOINTS,
             image_token_index=whole.image_token_index,
         )
-        made[text.model_type] = folder, conftest.saved(LlavaNextForConditionalGeneration(config), words, folder)
+        made[text.model_type] = folder, checkpoint.saved(LlavaNextForConditionalGeneration(config), words, folder)
         LlavaNextImageProcessorPil(
             size=dict(shortest_edge=SIDE),
             crop_size=dict(height=SIDE, width=SIDE),

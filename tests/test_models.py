@@ -18,16 +18,10 @@ from analysis.models.stem import install_stem
 from analysis.positions import assign, layout
 from analysis.pruning import PRUNERS
 from analysis.rec.boxes import FRAMES
-from tests import conftest
+from tests.support.checkpoint import config, noise, tokenizer
 
 NEW = 12
 EXPRESSIONS = ["the red cat", "cup left of the blue dog"]
-
-
-def noise(width, height, seed):
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
-
-
 IMAGES = [noise(40, 30, 0), noise(32, 32, 1)]
 
 
@@ -99,9 +93,9 @@ def test_pixels_are_normalised_with_the_written_statistics(tiny_folder, tmp_path
 
 
 def test_stem_checkpoints_load_whole(tmp_path):
-    words = conftest.tokenizer()
+    words = tokenizer()
     torch.manual_seed(0)
-    built = LlavaForConditionalGeneration(conftest.config(words, stem=[4, 8, 8]))
+    built = LlavaForConditionalGeneration(config(words, stem=[4, 8, 8]))
     install_stem(built.model.vision_tower.embeddings, built.config.vision_config)
     for statistics in (buffer for name, buffer in built.named_buffers() if "running" in name):
         statistics.uniform_(0.5, 2)

@@ -5,19 +5,15 @@ import subprocess
 import sys
 
 import numpy as np
-import papermill
 import pytest
 import yaml
 from PIL import Image
 
 from analysis import ROOT, models
 from analysis.results import read_rows
+from tests.support.notebooks import FIGURE, TABLE, draw, run
 
 PRODUCER = "notebooks/10_rec_eval.ipynb"
-
-
-def run(notebook, out, parameters):
-    papermill.execute_notebook(notebook, out, parameters, kernel_name="python3", cwd=ROOT, progress_bar=False)
 
 
 @pytest.fixture(scope="module")
@@ -46,20 +42,6 @@ def produced(model, tmp_path_factory):
         return str(made[name])
 
     return rows
-
-
-def draw(notebook, kinds, parameters, folder):
-    """Run a consumer; its stamped files must be made anew."""
-    files = [ROOT / f"figures/smoke/{notebook}.{kind}" for kind in kinds]
-    for file in files:
-        file.unlink(missing_ok=True)
-    run(ROOT / f"notebooks/{notebook}.ipynb", folder / "drawn.ipynb", parameters | {"smoke": True})
-    assert all(file.stat().st_size > 100 for file in files)
-    if "tex" in kinds:
-        assert "SMOKE TEST" in files[kinds.index("tex")].read_text()
-
-
-FIGURE, TABLE = ("pdf", "png"), ("tex", "html", "csv")
 
 
 @pytest.mark.parametrize(

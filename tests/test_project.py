@@ -50,3 +50,10 @@ def test_no_tracked_file_is_large():
         pytest.skip("not a git checkout")
     files = [ROOT / name for name in listed.stdout.split("\0") if name]
     assert [f for f in files if f.is_file() and f.stat().st_size > 25 * 2**20] == []
+
+
+def test_tests_import_no_tests():
+    """What several of them share is in tests/support: a file can be read, moved and run by itself."""
+    for file in sorted((ROOT / "tests").rglob("*.py")):
+        imported = set(re.findall(r"^\s*(?:from|import) (?:tests\.)?(test_\w+|conftest)\b", file.read_text(), re.M))
+        assert not imported, f"{file.name} imports {', '.join(imported)}"

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from analysis.pruning import PRUNERS, pruner
 from analysis.types import Signals
-from tests.test_pruning import visual
+from tests.support.visual import visual
 
 few = settings(max_examples=50, deadline=None)
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from analysis import ROOT, results
 from analysis.engine import evaluate as evaluation
 from analysis.engine.evaluate import cells
-from tests.test_evaluate import GRID, Noise, run
+from tests.support.rows import GRID, Noise, run
 
 MIXED = [
     *cells(["random", "prumerge"], [0.5, None], ids=["compact", "original"])[:1],

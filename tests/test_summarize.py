@@ -8,13 +8,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from test_notebooks import FIGURE, TABLE, draw, run
 
 from analysis import __main__ as cli
 from analysis import results
 from analysis.summarization import news, report, systems, train
 from analysis.summarization.data import Document, collate
 from analysis.summarization.model import Unified, select
+from tests.support.notebooks import FIGURE, TABLE, draw, run
 
 CONFIG = train.CONFIGS["smoke"]
 

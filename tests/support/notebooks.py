@@ -1,0 +1,23 @@
+"""Notebooks run by papermill."""
+
+import papermill
+
+from analysis import ROOT
+
+
+def run(notebook, out, parameters):
+    papermill.execute_notebook(notebook, out, parameters, kernel_name="python3", cwd=ROOT, progress_bar=False)
+
+
+def draw(notebook, kinds, parameters, folder):
+    """Run a consumer; its stamped files must be made anew."""
+    files = [ROOT / f"figures/smoke/{notebook}.{kind}" for kind in kinds]
+    for file in files:
+        file.unlink(missing_ok=True)
+    run(ROOT / f"notebooks/{notebook}.ipynb", folder / "drawn.ipynb", parameters | {"smoke": True})
+    assert all(file.stat().st_size > 100 for file in files)
+    if "tex" in kinds:
+        assert "SMOKE TEST" in files[kinds.index("tex")].read_text()
+
+
+FIGURE, TABLE = ("pdf", "png"), ("tex", "html", "csv")
