@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -48,19 +48,99 @@ def _ratio_interval(above: NDArray, below: NDArray, level: float, resamples: int
     return float(low), float(high)
 
 
+class _Rate(NamedTuple):
+    """A rate of hits p with its interval, and how far each cluster's hits are from what p expects, [C]."""
+
+    p: float
+    low: float
+    high: float
+    residuals: NDArray
+
+
+def _rate(sums: NDArray, counts: NDArray, level: float) -> _Rate:
+    """`rate_interval` of hits: sums of `counts` values in each of C >= 2 clusters."""
+    clusters, total = len(sums), counts.sum()
+    p = sums.sum() / total
+    residuals = sums - p * counts
+    between = clusters / (clusters - 1) * (residuals**2).sum() / total**2  # variance of the ratio estimator
+    design = between * total / (p * (1 - p)) if 0 < p < 1 else 0.0
+    # The k rarer clusters (those with a hit, or with a miss) say little of the design effect where they are few, so it
+    # is shrunk, with the weight of one of them, towards the worst case: a whole image is right or wrong together.
+    rarer = min((sums > 0).sum(), (sums < counts).sum())
+    n = total * (rarer + 1) / (rarer * design + total / clusters)
+    t2 = stats.t.ppf((1 + level) / 2, clusters - 1) ** 2
+    middle, half = (p + t2 / (2 * n)) / (1 + t2 / n), np.sqrt(t2 * (p * (1 - p) / n + t2 / (4 * n**2))) / (1 + t2 / n)
+    return _Rate(p, min(max(middle - half, 0.0), p), max(min(middle + half, 1.0), p), residuals)  # rounding aside
+
+
+def _correlation(a: _Rate, b: _Rate, size: float) -> float:
+    """Correlation of two rates of the same clusters of `size` values on average.
+
+    One more cluster, in which the two disagree about half its values, is thought to be there: without it two cells that
+    happen to agree everywhere would be known to be equal.
+    """
+    (x, y), more = (a.residuals, b.residuals), size**2 / 4
+    return float(((x * y).sum() - more) / np.sqrt(((x**2).sum() + more) * ((y**2).sum() + more)))
+
+
+def _binary(values: ArrayLike) -> bool:
+    values = np.asarray(values, dtype=np.float64)
+    return bool(((values == 0) | (values == 1)).all())
+
+
+def rate_interval(hits: ArrayLike, clusters: ArrayLike, level: float = 0.95) -> tuple[float, float]:
+    """Interval of the share of hits [n] (0 or 1), of which several share a cluster [n] (an image).
+
+    Wilson's, with n / design effect for n (Korn and Graubard 1998) and Student's t of C - 1 degrees. Never [0, 0] or
+    [1, 1]: no hit in C images gives [0, t^2 / (C + t^2)], about 4 / C. It covers 91 to 99 % at 30 to 200 images and
+    rates from 0.3 to 50 %, where a bootstrap of images covers down to 20 %.
+    (nan, nan) below two clusters: nothing is known about the spread between images.
+    Raises ValueError for values that are no hits, missing ones, and unequal lengths.
+    """
+    sums, counts = _cluster_totals(hits, clusters)
+    if not _binary(hits):
+        raise ValueError("a rate is of hits: each value must be 0 or 1; use clustered_interval for others")
+    if len(sums) < 2:
+        return np.nan, np.nan
+    rate = _rate(sums, counts, level)
+    return float(rate.low), float(rate.high)
+
+
 def clustered_interval(
     values: ArrayLike, clusters: ArrayLike, level: float = 0.95, resamples: int = 2000, seed: int = 0
 ) -> tuple[float, float]:
     """Percentile bootstrap interval of the mean of values [n], resampling whole clusters [n] (images).
 
     Each resample draws as many clusters as there are, with replacement, and takes the ratio estimator
-    sum of values / number of values. (nan, nan) below two clusters: nothing is known about the spread between images.
+    sum of values / number of values. For hits `rate_interval` is right. (nan, nan) below two clusters.
     Raises ValueError for missing values or unequal lengths.
     """
     sums, counts = _cluster_totals(values, clusters)
     if len(sums) < 2:
         return np.nan, np.nan
     return _ratio_interval(sums, counts, level, resamples, seed)
+
+
+def _difference_interval(a: _Rate, b: _Rate, size: float) -> tuple[float, float]:
+    """Interval of b - a from the intervals of two rates of the same clusters (Newcombe 1998, method 10; MOVER)."""
+    r, d = _correlation(a, b, size), b.p - a.p
+    down, up = (b.p - b.low, a.high - a.p), (b.high - b.p, a.p - a.low)
+    return tuple(
+        float(d + sign * np.sqrt(max(x**2 + y**2 - 2 * r * x * y, 0.0))) for sign, (x, y) in ((-1, down), (1, up))
+    )
+
+
+def _quotient_interval(above: _Rate, below: _Rate, size: float) -> tuple[float, float]:
+    """Interval of above / below from the intervals of two rates of the same clusters (Donner and Zou 2012, MOVER-R)."""
+    r, (p, low, high, _), (q, least, most, _) = _correlation(above, below, size), above, below
+    if least <= 0:  # nothing says that there is anything to divide by
+        return np.nan, np.nan
+    ends = []
+    for sign, end, other in ((-1, low, most), (1, high, least)):
+        middle = p * q - r * (p - end) * (other - q)
+        root = np.sqrt(max(middle**2 - end * other * (2 * p - end) * (2 * q - other), 0.0))
+        ends.append(float((middle + sign * root) / (other * (2 * q - other))))
+    return max(ends[0], 0.0), ends[1]
 
 
 def _sign_flip_p(sums: NDArray, permutations: int, seed: int) -> float:
@@ -92,7 +172,9 @@ def paired_difference(
 ) -> dict[str, float]:
     """difference = mean(b) - mean(a) of aligned scores [n], with low, high and a two-sided p.
 
-    low, high: `clustered_interval` of b - a. p: sign-flip permutation test of the sum of b - a; under the null
+    low, high: of hits (0 or 1), from the two `rate_interval`s and their correlation over images, which covers 91 %
+    and more where a bootstrap of the differences covers down to 80 %; of other values, `clustered_interval` of b - a.
+    p: sign-flip permutation test of the sum of b - a; under the null
     hypothesis that a and b are exchangeable within an image, each cluster's summed difference is as likely with the
     other sign. Exact (all 2^C sign patterns of the C clusters that differ) when 2^C <= permutations, else sampled with
     (hits + 1) / (permutations + 1).
@@ -100,7 +182,12 @@ def paired_difference(
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if a.shape != b.shape or not a.size:
         raise ValueError(f"a and b must be aligned and not empty, but have shapes {a.shape} and {b.shape}")
-    low, high = clustered_interval(b - a, clusters, level, resamples, seed)
+    (sums, counts), before = _cluster_totals(b, clusters), _cluster_totals(a, clusters)[0]
+    if _binary(a) and _binary(b) and len(sums) > 1:
+        rates = _rate(before, counts, level), _rate(sums, counts, level)
+        low, high = _difference_interval(*rates, counts.mean())
+    else:
+        low, high = clustered_interval(b - a, clusters, level, resamples, seed)
     p = _sign_flip_p(_cluster_totals(b - a, clusters)[0], permutations, seed)
     return {"difference": float((b - a).mean()), "low": low, "high": high, "p": p}
 
@@ -157,19 +244,19 @@ def retention(accuracy: ArrayLike, full: ArrayLike) -> ArrayLike:
     return accuracy / np.where(np.equal(full, 0), np.nan, full)
 
 
-def retained(
-    full: ArrayLike, pruned: ArrayLike, clusters: ArrayLike, level: float = 0.95, resamples: int = 2000, seed: int = 0
-) -> dict[str, float]:
-    """retention = sum(pruned) / sum(full) of aligned scores [n], with low, high (`clustered_interval`'s bootstrap).
+def retained(full: ArrayLike, pruned: ArrayLike, clusters: ArrayLike, level: float = 0.95) -> dict[str, float]:
+    """retention = sum(pruned) / sum(full) of aligned hits [n] (0 or 1), with low and high.
 
-    NaN, all three, where a resample may have nothing right to retain (full right in fewer than two clusters).
+    They are made from the two `rate_interval`s and their correlation over images. NaN where full is right in fewer
+    than two clusters. Raises ValueError for values that are no hits.
     """
-    kept, counted = _cluster_totals(pruned, clusters)[0], _cluster_totals(full, clusters)[0]
-    if (counted > 0).sum() < 2:
+    if not (_binary(full) and _binary(pruned)):
+        raise ValueError("retention is of hits: each value must be 0 or 1")
+    (kept, counts), right = _cluster_totals(pruned, clusters), _cluster_totals(full, clusters)[0]
+    if (right > 0).sum() < 2:
         return dict.fromkeys(("retention", "low", "high"), np.nan)
-
-    low, high = _ratio_interval(kept, counted, level, resamples, seed)
-    return {"retention": float(kept.sum() / counted.sum()), "low": low, "high": high}
+    low, high = _quotient_interval(_rate(kept, counts, level), _rate(right, counts, level), counts.mean())
+    return {"retention": float(kept.sum() / right.sum()), "low": low, "high": high}
 
 
 def fdr(p_values: ArrayLike) -> NDArray:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from analysis.rec.boxes import CONVENTIONS, DIALECTS, FRAMES, hit
 from analysis.rec.scoring import PREDICTION, TRUTH, check_boxes, score, summarise
-from analysis.stats import clustered_interval
+from analysis.stats import rate_interval
 
 
 def table(n=60, frame="padded", seed=0, wrong=0.0):
@@ -151,7 +151,7 @@ def test_summarise_counts_by_hand():
         assert got["accuracy"] == pytest.approx(sum(correct) / 9)
         assert got["mean_iou"] == pytest.approx(sum(overlaps) / 9)  # invalid answers stay in the denominator
         assert got["invalid"] == pytest.approx(sum(DIALECTS["llava"].parse(t) is None for t in rows["raw"]) / 9)
-        assert (got["low"], got["high"]) == clustered_interval(rows["correct"], rows["image_id"])
+        assert (got["low"], got["high"]) == rate_interval(rows["correct"], rows["image_id"])
     assert summary["tokens"].tolist() == [20, 576]
     np.testing.assert_allclose(summary["token_share"], [20 / 576, 1])
     assert scored["invalid"].any() and 0 < summary["accuracy"][1] < 1  # the case is not trivial
@@ -163,8 +163,8 @@ def test_summarise_clusters_seeds_and_errors():
     assert (by_image["images"][0], by_folder["images"][0]) == (10, 2)
     pd.testing.assert_frame_equal(by_image, summarise(scored, ["pruner"]))
     large = score(table(300, wrong=0.5)).assign(folder=np.arange(300) // 10)
-    for clusters, seed in (("image_id", 0), ("folder", 0), ("folder", 3)):
-        got = summarise(large, ["pruner"], clusters, seed)
-        assert (got["low"][0], got["high"][0]) == clustered_interval(large["correct"], large[clusters], seed=seed)
+    for clusters in ("image_id", "folder"):
+        got = summarise(large, ["pruner"], clusters)
+        assert (got["low"][0], got["high"][0]) == rate_interval(large["correct"], large[clusters])
     with pytest.raises(ValueError, match="missing columns: ratio, correct, iou, invalid"):
         summarise(table(3), ["pruner", "ratio"])

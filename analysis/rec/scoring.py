@@ -14,7 +14,7 @@ import pandas as pd
 
 from analysis.rec.boxes import CONVENTIONS, DIALECTS, FRAMES, hit
 from analysis.registry import pick
-from analysis.stats import clustered_interval
+from analysis.stats import rate_interval
 
 SIZE = ["width", "height"]
 TRUTH = ["x1", "y1", "x2", "y2"]
@@ -125,10 +125,10 @@ def percent(table: pd.DataFrame, columns: Sequence[str] = ("accuracy", "low", "h
     return table.assign(**{c: 100 * table[c] for c in columns})
 
 
-def summarise(scored: pd.DataFrame, by: Sequence[str], clusters: str = "image_id", seed: int = 0) -> pd.DataFrame:
+def summarise(scored: pd.DataFrame, by: Sequence[str], clusters: str = "image_id") -> pd.DataFrame:
     """One row per group of the columns `by`, in order of first appearance; a missing value is a group of its own.
 
-    n expressions, images (distinct clusters), accuracy with low and high (95 % `clustered_interval`), mean_iou,
+    n expressions, images (distinct clusters), accuracy with low and high (95 % `rate_interval`), mean_iou,
     invalid (share of answers), tokens (mean kept visual tokens), token_share (mean of tokens / tokens_full).
     Raises ValueError for missing columns.
     """
@@ -136,7 +136,7 @@ def summarise(scored: pd.DataFrame, by: Sequence[str], clusters: str = "image_id
     _require(scored, [*by, clusters, "correct", "iou", "invalid", "tokens", "tokens_full"])
     summaries = []
     for key, group in scored.groupby(by, dropna=False, sort=False):
-        low, high = clustered_interval(group["correct"], group[clusters], seed=seed)
+        low, high = rate_interval(group["correct"], group[clusters])
         summaries.append(
             dict(zip(by, key))
             | {
