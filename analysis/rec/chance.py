@@ -1,0 +1,41 @@
+"""What an answer is worth that has not looked at the image: the level below which accuracy says nothing."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from analysis.rec.boxes import DIALECTS, FRAMES, hit
+from analysis.rec.scoring import SIZE, TRUTH
+from analysis.registry import pick
+
+
+def chance(rows: pd.DataFrame, frame: str = "padded", convention: str | None = None, most: int = 1000) -> float:
+    """Share of hits when each expression is answered with the right box of an expression about another image.
+
+    The answerer knows the data set, in fractions of the image as `frame` has them, and nothing of the image. The mean
+    over all pairs, exact where the data set (each expression counted once) has at most `most` expressions, else over
+    the pairs of that many, drawn with a fixed seed. convention: a name in `CONVENTIONS`; None takes the first row's
+    dialect's ("ge" where the rows have none). NaN for a single image.
+    rows: ref_id, sent_id, image_id, width, height, x1, y1, x2, y2. Raises ValueError for an unknown name.
+    """
+    if convention is None:
+        convention = pick(DIALECTS, rows["dialect"].iloc[0], "dialect").convention if "dialect" in rows else "ge"
+    one = rows.drop_duplicates(["image_id", "ref_id", "sent_id"])
+    one = one.sample(min(most, len(one)), random_state=0)
+    sizes, truth = one[SIZE].to_numpy(np.float64), one[TRUTH].to_numpy(np.float64)
+    images, layout = pd.factorize(one["image_id"])[0], pick(FRAMES, frame, "frame")
+    answers, hits, pairs = layout.encode(truth, sizes), 0, 0
+    for image, size, box in zip(images, sizes, truth):
+        others = images != image
+        hits += hit(layout.decode(answers[others], size), box, convention)[1].sum()
+        pairs += others.sum()
+    return float(hits / pairs) if pairs else np.nan
+
+
+def chances(scored: pd.DataFrame) -> pd.Series:
+    """`chance` of each data set and split in the rows, each in its rows' own frame; index: dataset, split."""
+    return pd.Series(
+        {key: chance(here, here["frame"].iloc[0]) for key, here in scored.groupby(["dataset", "split"], sort=False)},
+        dtype=float,
+    )
