@@ -1,4 +1,4 @@
-"""The four types that flow through the library, in the order of the road of the data.
+"""The types that flow through the library, in the order of the road of the data.
 
 image -> VisualTokens (encoded once) -> Selection (pruned, one per image) -> position IDs -> answer.
 A `Cell` names one point of the experimental grid; its fields are columns of every result row.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,13 +55,32 @@ class Signals:
         return Signals(**{name: lambda name=name: getattr(self, name)[index] for name in self._thunks}, **more)
 
 
+class Ids(NamedTuple):
+    """Position IDs of one image and of what follows it, counted from the image's first slot.
+
+    visual: [K] int64, or [K, P] in P planes where a model rotates by several IDs (M-RoPE: t, row, column);
+    text_start: of the first token after the image; generated_start: of the first generated token, were there no text
+    between image and answer: equal to text_start where generated tokens simply go on. Text has one ID in all planes.
+    """
+
+    visual: Tensor
+    text_start: int
+    generated_start: int
+
+
+def raster_ids(n: int, device: torch.device | str = "cpu") -> Ids:
+    """The unpruned IDs of a model that counts its n visual tokens as if they were words."""
+    return Ids(torch.arange(n, device=device), n, n)
+
+
 @dataclass(frozen=True)
 class VisualTokens:
     """One batch of images of one layout, encoded once.
 
     features: [B, N, D] projected tokens in raster order; grid: (rows, columns) with rows * columns == N; connect: the
     model's connector, [..., C] -> [..., D], for methods that merge `signals.patches` before it; newline: [D] token that
-    ends each row, if there is one; tiles: the same images seen more closely, whose tokens follow (LLaVA-NeXT).
+    ends each row, if there is one; tiles: the same images seen more closely, whose tokens follow (LLaVA-NeXT); ids: the
+    tokens' unpruned IDs, the same for all images of the batch, None where a model counts its tokens as `raster_ids`.
     """
 
     features: Tensor
@@ -69,6 +89,12 @@ class VisualTokens:
     connect: Callable[[Tensor], Tensor] | None = None
     newline: Tensor | None = None
     tiles: VisualTokens | None = None
+    ids: Ids | None = None
+
+    @property
+    def unpruned(self) -> Ids:
+        """IDs of all tokens of one image where nothing is pruned; a rule of `positions` starts from them."""
+        return raster_ids(self.length, self.features.device) if self.ids is None else self.ids
 
     @property
     def length(self) -> int:

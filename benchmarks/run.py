@@ -64,7 +64,7 @@ def plain_loop(model: models.Model, data: datasets.RecDataset, grid: list) -> li
                     torch.tensor([0]), **model.texts([row.expression])
                 )
                 chosen = select(pruner(cell.pruner), visual, cell.keep, [seed])
-                (embeds,), (places,) = sequences(model, chosen, visual.length, [model.prompt(row.expression)], cell)
+                (embeds,), (places,) = sequences(model, chosen, visual.unpruned, [model.prompt(row.expression)], cell)
                 made = whole.generate(
                     inputs_embeds=embeds[None],
                     position_ids=places[None],

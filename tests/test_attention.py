@@ -27,10 +27,10 @@ from analysis.engine.attention import (
 )
 from analysis.engine.decode import greedy, prefill
 from analysis.engine.evaluate import cells, evaluate
-from analysis.positions import assign, layout
+from analysis.positions import assign, sequence_positions
 from analysis.pruning import pruner, select
 from analysis.rec.datasets import RecDataset
-from analysis.types import Signals, VisualTokens
+from analysis.types import Signals, VisualTokens, raster_ids
 from tests.support.checkpoint import noise
 
 WORDS = ["red cat", "the left blue dog", "cup", "a red cup right of the dog"]
@@ -46,7 +46,7 @@ def pictures():
 def batch(tiny, pictures):
     features = tiny.encode(pictures).features
     features = features / features.std()  # else the random tokens are so large that attention between them is lost
-    return Batch(features, IMAGE, [tiny.prompt(words) for words in WORDS])
+    return Batch(features, raster_ids(features.shape[1]), IMAGE, [tiny.prompt(words) for words in WORDS])
 
 
 def alone(model, batch):
@@ -124,7 +124,7 @@ def test_beta_0_is_hard_pruning_with_original_ids(tiny, batch):
     hard, said = [], []
     for row, image, (before, after) in zip(stay, batch.image, batch.prompts):
         origin = row.nonzero()[:, 0]
-        ids = layout(len(before), *assign(origin, n, "original", 0), len(after))
+        ids = sequence_positions(len(before), assign(origin, raster_ids(n), "original", 0), len(after))
         embeds = torch.cat([tiny.embed(before), batch.features[image][origin], tiny.embed(after)])
         hard.append(prefill(tiny.decoder, tiny.head, [embeds], [ids])[0][0])
         said += greedy(
@@ -144,7 +144,7 @@ def test_the_bias_follows_when_answers_end(tiny, batch):
     together = answers(model, batch, beta)
     assert len({len(answer) for answer in together}) > 1
     for row in range(len(WORDS)):
-        one = Batch(batch.features, [batch.image[row]], [batch.prompts[row]])
+        one = Batch(batch.features, batch.unpruned, [batch.image[row]], [batch.prompts[row]])
         assert answers(model, one, beta[row : row + 1]) == together[row : row + 1]
 
 

@@ -9,7 +9,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from analysis.engine import shared_prefix as cascade
 from analysis.engine.decode import begin, causal_mask, greedy, hidden_states, prefill, usual
-from analysis.positions import assign, layout
+from analysis.positions import assign, sequence_positions
+from analysis.types import raster_ids
 
 VOCABULARY, WIDTH, NEW, NEVER = 50, 32, 12, -2
 PADDINGS, SCHEMES = ("left", "right"), ("compact", "original", "shuffled", "shifted:100", "original@compact")
@@ -40,7 +41,10 @@ def batch(scheme):
     """Three ragged prompts: text, 30 visual tokens pruned to 5, 9 and 1 in scrambled order, text; and their IDs."""
     draw = torch.Generator().manual_seed(1)
     origins = [torch.randperm(30, generator=draw)[:k] for k in (5, 9, 1)]
-    ids = [layout(2, *assign(o, 30, scheme, seed), suffix) for seed, (o, suffix) in enumerate(zip(origins, (3, 2, 1)))]
+    ids = [
+        sequence_positions(2, assign(o, raster_ids(30), scheme, seed), suffix)
+        for seed, (o, suffix) in enumerate(zip(origins, (3, 2, 1)))
+    ]
     return [torch.randn(len(i), WIDTH, generator=draw) for i in ids], ids
 
 
@@ -247,7 +251,7 @@ def test_packed_sequence_trap():
 def test_identity_bit_for_bit():
     """All visual tokens kept, original IDs: the unpruned model's own states and logits, no tolerance."""
     embeds = torch.randn(1, 36, WIDTH, generator=torch.Generator().manual_seed(2))
-    ids = layout(2, *assign(torch.arange(30), 30, "original", 0), 4)[None]
+    ids = sequence_positions(2, assign(torch.arange(30), raster_ids(30), "original", 0), 4)[None]
     model = llama("sdpa")
     with torch.inference_mode():
         plain = model(inputs_embeds=embeds, attention_mask=lower_triangle(36)).logits
@@ -307,3 +311,27 @@ def test_padding_gives_no_nan(padding, dtype):
 def test_bad_input(change, message):
     with pytest.raises(ValueError, match=message):
         decode(**{"embeds": [torch.zeros(2, WIDTH)], "ids": [torch.arange(2)], **change})
+
+
+def test_generated_tokens_go_on_where_they_are_told():
+    """Naively: IDs of the prefill as they are, those of generated tokens counted from another start."""
+    embeds, ids = batch("original")
+    model, starts = llama("sdpa"), [len(e) for e in embeds]
+    expected_here = []
+    for e, i, start in zip(embeds, ids, starts):
+        answer = []
+        for step in range(NEW):
+            with torch.inference_mode():
+                logits = model(
+                    inputs_embeds=e[None], position_ids=i[None], attention_mask=lower_triangle(len(i)), use_cache=False
+                ).logits
+            answer.append(int(logits[0, -1].argmax()))
+            e = torch.cat([e, model.model.embed_tokens.weight[answer[-1]][None]]).detach()
+            i = torch.cat([i, torch.tensor([start + step])])
+        expected_here.append(answer)
+    embed = model.model.embed_tokens
+    given = dict(embed=embed, max_new_tokens=NEW, eos=NEVER)
+    assert greedy(model.model, model.lm_head, embeds, ids, next_ids=starts, **given) == expected_here
+    assert expected_here != expected("original")
+    own = [int(i[-1]) + 1 for i in ids]
+    assert greedy(model.model, model.lm_head, embeds, ids, next_ids=own, **given) == expected("original")

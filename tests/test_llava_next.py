@@ -16,7 +16,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from analysis import models
 from analysis.engine.decode import greedy, prefill
 from analysis.engine.evaluate import Pace, _encode
-from analysis.positions import assign, layout, reorder
+from analysis.positions import assign, reorder, sequence_positions
 from analysis.pruning import budget, pruner, select
 from tests.support import checkpoint
 from tests.support.checkpoint import noise
@@ -99,10 +99,10 @@ def sequence(model, image, expression, prune="none", keep=None, ids="compact", o
     visual = model.encode([image])
     selection = reorder(select(pruner(prune), visual, keep, [3])[0], order, 0)
     prefix, suffix = model.prompt(expression)
-    given = assign(selection.origin, visual.length, ids, 0)
+    given = assign(selection.origin, visual.unpruned, ids, 0)
     with torch.inference_mode():
         embeds = torch.cat([model.embed(prefix), selection.features, model.embed(suffix)])
-    return embeds, layout(len(prefix), given.visual, given.text, len(suffix))
+    return embeds, sequence_positions(len(prefix), given, len(suffix))
 
 
 @pytest.mark.parametrize("decoder", ["llama", "mistral"])

@@ -15,9 +15,10 @@ from analysis.engine.decode import greedy, prefill
 from analysis.models.base import pad_to_square
 from analysis.models.llava import Llava
 from analysis.models.stem import install_stem
-from analysis.positions import assign, layout
+from analysis.positions import assign, sequence_positions
 from analysis.pruning import PRUNERS
 from analysis.rec.boxes import FRAMES
+from analysis.types import raster_ids
 from tests.support.checkpoint import config, noise, tokenizer
 
 NEW = 12
@@ -31,9 +32,9 @@ def sequences(model, pruner, keep, ids):
         embeds, positions = [], []
         for selection, expression in zip(PRUNERS[pruner](model.encode(IMAGES), keep, seeds=[3, 4]), EXPRESSIONS):
             prefix, suffix = model.prompt(expression)
-            visual, text = assign(selection.origin, 16, ids, 0)
+            given = assign(selection.origin, raster_ids(16), ids, 0)
             embeds.append(torch.cat([model.embed(prefix), selection.features, model.embed(suffix)]))
-            positions.append(layout(len(prefix), visual, text, len(suffix)))
+            positions.append(sequence_positions(len(prefix), given, len(suffix)))
     return embeds, positions
 
 

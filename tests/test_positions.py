@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from analysis.positions import IDS, ORDERS, Spec, assign, layout, parse_spec, reorder
-from analysis.types import Selection
+from analysis.positions import IDS, ORDERS, Spec, assign, generated_position, parse_spec, reorder, sequence_positions
+from analysis.types import Ids, Selection, raster_ids
 
 ORIGIN = torch.tensor([7, 2, 5, 0])  # as emitted by some pruner, of n = 10
 N = 10
@@ -17,7 +17,9 @@ origins = st.integers(1, 40).flatmap(
     lambda n: st.tuples(st.lists(st.integers(0, n - 1), min_size=1, max_size=n).map(torch.tensor), st.just(n))
 )
 ids_specs = st.one_of(
-    st.sampled_from(["compact", "original", "shuffled", "compressed:1/3", "shifted:0"]),
+    st.sampled_from(
+        ["compact", "original", "shuffled", "compressed:1/3", "shifted:0", "stretched", "prefix", "regrid"]
+    ),
     st.integers(1, 1000).map(lambda thousandths: f"compressed:{thousandths / 1000}"),
     st.integers(0, 1000).map(lambda thousandths: f"shuffled:{thousandths / 1000}"),
     st.integers(0, 50).map(lambda offset: f"shifted:{offset}"),
@@ -43,36 +45,43 @@ def selection(origin):
         ("shifted:3@after", [10, 5, 8, 3], 11),
         ("original@compact", [7, 2, 5, 0], 4),
         ("compact@original", [0, 1, 2, 3], 10),
+        ("stretched", [0, 3, 6, 9], 10),
+        ("stretched@after+cache", [0, 3, 6, 9], 10),
+        ("prefix", [0, 1, 2, 3], 10),
+        ("sequential", [0, 1, 2, 3], 4),
+        ("regrid", [0, 1, 2, 3], 4),
     ],
 )
 def test_ids_by_hand(spec, visual, text):
-    ids = assign(ORIGIN, N, spec, seed=0)
+    ids = assign(ORIGIN, raster_ids(N), spec, seed=0)
     assert ids.visual.tolist() == visual and ids.visual.dtype == torch.int64
-    assert ids.text == text
+    assert ids.text_start == text
 
 
 def test_compressed_is_exact_where_floats_are_not():
     assert 100 * 0.07 > 7  # so ceil in floating point would say 8
-    assert assign(torch.arange(100), 100, "compressed:0.07", 0).text == 7
+    assert assign(torch.arange(100), raster_ids(100), "compressed:0.07", 0).text_start == 7
     assert 100 * 0.29 < 29
-    assert assign(torch.tensor([100]), 101, "compressed:0.29", 0).visual.tolist() == [29]
-    thirds = assign(torch.tensor([2999]), 3000, "compressed:0.33333333333333333", 0)  # numerator * origin > int64
-    assert thirds.visual.tolist() == [999] and thirds.text == 1000
+    assert assign(torch.tensor([100]), raster_ids(101), "compressed:0.29", 0).visual.tolist() == [29]
+    thirds = assign(
+        torch.tensor([2999]), raster_ids(3000), "compressed:0.33333333333333333", 0
+    )  # numerator * origin > int64
+    assert thirds.visual.tolist() == [999] and thirds.text_start == 1000
 
 
 @given(origins, ids_specs, st.integers(0, 2**40))
 def test_text_follows_every_visual_id(case, spec, seed):
     origin, n = case
-    ids = assign(origin, n, spec, seed)
+    ids = assign(origin, raster_ids(n), spec, seed)
     assert ids.visual.shape == origin.shape and ids.visual.min() >= 0
-    assert ids.visual.max() < ids.text
+    assert ids.visual.max() < ids.text_start
 
 
 @given(origins, st.integers(0, 1000).map(lambda thousandths: Fraction(thousandths, 1000)), st.integers(0, 2**40))
 def test_shuffles_move_at_most_the_share_and_lose_nothing(case, share, seed):
     origin, n = case
     most = int(share * len(origin) + Fraction(1, 2))
-    ids = assign(origin, n, f"shuffled:{share}", seed).visual
+    ids = assign(origin, raster_ids(n), f"shuffled:{share}", seed).visual
     assert (ids != origin).sum() <= most and ids.sort().values.equal(origin.sort().values)
     before, after = selection(origin), reorder(selection(origin), f"shuffled:{share}", seed)
     places = after.features[:, 1].long()
@@ -83,14 +92,14 @@ def test_shuffles_move_at_most_the_share_and_lose_nothing(case, share, seed):
 
 def test_shuffles_are_seeded_uniform_and_independent_of_each_other():
     origin, few = torch.arange(1000), torch.arange(3)
-    once, again, other = (assign(origin, 1000, "shuffled:0.5", seed).visual for seed in (1, 1, 2))
+    once, again, other = (assign(origin, raster_ids(1000), "shuffled:0.5", seed).visual for seed in (1, 1, 2))
     assert once.equal(again) and not once.equal(other)
     assert 450 < (once != origin).sum() <= 500  # a permutation of 500 leaves about one in place
     order = reorder(selection(origin), "shuffled:0.5", 1).origin
     assert not order.equal(once)  # one seed, two independent draws
-    seen = {tuple(assign(few, 3, "shuffled", seed).visual.tolist()) for seed in range(100)}
+    seen = {tuple(assign(few, raster_ids(3), "shuffled", seed).visual.tolist()) for seed in range(100)}
     assert len(seen) == 6
-    moved = torch.stack([assign(few, 3, "shuffled:2/3", seed).visual != few for seed in range(50)])
+    moved = torch.stack([assign(few, raster_ids(3), "shuffled:2/3", seed).visual != few for seed in range(50)])
     assert moved.any(dim=0).all() and moved.sum(dim=1).max() == 2  # which tokens are shuffled is drawn, too
 
 
@@ -106,21 +115,26 @@ def test_orders_by_hand():
 def test_identity(n, prefix, suffix):
     """Nothing pruned: raster order, original and compact IDs give the unpruned model's own IDs, bit for bit."""
     whole = reorder(selection(torch.arange(n)), "raster", 0)
-    schemes = ("original", "compact", "compressed:1", "shifted:0", "shuffled:0", "original@after", "compact@original")
-    for spec in schemes:
-        ids = assign(whole.origin, n, spec, 0)
-        assert layout(prefix, *ids, suffix).equal(torch.arange(prefix + n + suffix)), spec
+    plain = ("original", "compact", "compressed:1", "shifted:0", "shuffled:0", "original@after", "compact@original")
+    for spec in (*plain, "stretched", "prefix", "sequential", "regrid", "original+cache", "compact+original"):
+        ids = assign(whole.origin, raster_ids(n), spec, 0)
+        assert generated_position(prefix, ids, suffix) == prefix + n + suffix, spec
+        assert sequence_positions(prefix, ids, suffix).equal(torch.arange(prefix + n + suffix)), spec
 
 
-def test_layout_by_hand():
-    assert layout(2, torch.tensor([4, 1]), 9, 3).tolist() == [0, 1, 6, 3, 11, 12, 13]
-    assert layout(0, torch.tensor([4, 1]), 9, 0).tolist() == [4, 1]
+def test_sequence_positions_by_hand():
+    ids = Ids(torch.tensor([4, 1]), 9, 7)
+    assert sequence_positions(2, ids, 3).tolist() == [0, 1, 6, 3, 11, 12, 13]
+    assert sequence_positions(0, ids, 0).tolist() == [4, 1]
+    assert generated_position(2, ids, 3) == 2 + 7 + 3
     with pytest.raises(ValueError, match="must be >= 0"):
-        layout(-1, torch.tensor([0]), 1, 1)
+        sequence_positions(-1, ids, 1)
 
 
 def test_parsed_specs():
     assert parse_spec("original@after") == Spec("original", None, "after")
+    assert parse_spec("original@compact+cache") == Spec("original", None, "compact", "cache")
+    assert parse_spec("compact:0.5+original") == Spec("compact", Fraction(1, 2), None, "original")
     assert parse_spec("shuffled") == Spec("shuffled", Fraction(1), None)
     assert parse_spec("shifted:12") == Spec("shifted", 12, None)
     assert parse_spec("shuffled:0.25", ORDERS) == Spec("shuffled", Fraction(1, 4), None)
@@ -148,6 +162,11 @@ def test_parsed_specs():
         ("original@end", IDS, "unknown text rule 'end'.*after, original, compact"),
         ("original@", IDS, "unknown text rule ''"),
         ("raster@after", ORDERS, "an order has no text rule.*'raster'"),
+        ("raster+cache", ORDERS, "an order has no generated rule.*'raster'"),
+        ("original+compact", IDS, "unknown generated rule 'compact'.*original, cache"),
+        ("original+", IDS, "unknown generated rule ''"),
+        ("stretched:2", IDS, "'stretched' takes no value"),
+        ("shuffled_rows:2", IDS, r"'shuffled_rows' needs a share"),
     ],
 )
 def test_bad_specs_say_what_is_wrong(spec, registry, message):
@@ -158,10 +177,105 @@ def test_bad_specs_say_what_is_wrong(spec, registry, message):
 @pytest.mark.parametrize("origin", [[], [0, 10], [-1, 3]])
 def test_origins_outside_the_image_are_refused(origin):
     with pytest.raises(ValueError, match=r"all in 0\.\.9"):
-        assign(torch.tensor(origin, dtype=torch.int64), N, "original", 0)
+        assign(torch.tensor(origin, dtype=torch.int64), raster_ids(N), "original", 0)
 
 
 def test_a_compact_factor_closes_up_whatever_the_order():
     origin = torch.tensor([7, 2, 5, 0])
-    ids = assign(origin, 8, "compact:0.5", seed=0)
-    assert ids.visual.tolist() == [0, 0, 1, 1] and ids.text == 2
+    ids = assign(origin, raster_ids(8), "compact:0.5", seed=0)
+    assert ids.visual.tolist() == [0, 0, 1, 1] and ids.text_start == 2
+
+
+@pytest.mark.parametrize(
+    ("spec", "text", "generated"),
+    [
+        ("original", 10, 10),
+        ("compact", 4, 4),
+        ("original+cache", 10, 4),  # GAP at prefill, compact while decoding
+        ("compact+original", 4, 10),  # the reverse
+        ("original@compact+original", 4, 10),
+        ("shifted:100+cache", 110, 4),
+        ("shifted:100", 110, 110),
+    ],
+)
+def test_generated_tokens_have_a_control_of_their_own(spec, text, generated):
+    ids = assign(ORIGIN, raster_ids(N), spec, 0)
+    assert (ids.text_start, ids.generated_start) == (text, generated)
+    length = 7 + len(ORIGIN) + 5  # what a cache holds after a prompt of 7 + 4 + 5 tokens
+    assert generated_position(7, ids, 5) == (length if "cache" in spec else 7 + generated + 5)
+
+
+ROWS, COLUMNS = 3, 4
+
+
+def grid_ids(rows=ROWS, columns=COLUMNS):
+    """(t, row, column) of a grid in raster order, and the text after it, as Qwen2.5-VL counts them."""
+    visual = torch.tensor([[0, row, column] for row in range(rows) for column in range(columns)])
+    start = max(rows, columns)
+    return Ids(visual, start, start)
+
+
+# Of a grid of 3 x 4, cells (2, 3), (0, 1), (2, 1), (0, 3): row 1 and columns 0 and 2 are empty.
+OF_GRID = torch.tensor([11, 1, 9, 3])
+
+
+@pytest.mark.parametrize(
+    ("spec", "visual", "text"),
+    [
+        ("original", [[0, 2, 3], [0, 0, 1], [0, 2, 1], [0, 0, 3]], 4),
+        ("compact", [[0, 1, 1], [0, 0, 0], [0, 1, 0], [0, 0, 1]], 2),
+        ("compact:0.5", [[0, 0, 0], [0, 0, 0], [0, 0, 0], [0, 0, 0]], 1),
+        ("original@compact", [[0, 2, 3], [0, 0, 1], [0, 2, 1], [0, 0, 3]], 2),
+        ("original@after", [[0, 2, 3], [0, 0, 1], [0, 2, 1], [0, 0, 3]], 4),
+        ("sequential", [[0, 0, 0], [1, 1, 1], [2, 2, 2], [3, 3, 3]], 4),
+        ("prefix", [[0, 0, 0], [0, 0, 1], [0, 0, 2], [0, 0, 3]], 4),
+        ("regrid", [[0, 0, 0], [0, 0, 1], [0, 0, 2], [0, 1, 0]], 3),
+        ("stretched", [[0, 2, 3], [0, 0, 0], [0, 2, 0], [0, 0, 3]], 4),
+        ("compressed:0.5", [[0, 1, 1], [0, 0, 0], [0, 1, 0], [0, 0, 1]], 2),
+        ("shifted:5", [[5, 7, 8], [5, 5, 6], [5, 7, 6], [5, 5, 8]], 9),
+    ],
+)
+def test_ids_in_planes_by_hand(spec, visual, text):
+    ids = assign(OF_GRID, grid_ids(), spec, 0)
+    assert ids.visual.tolist() == visual and ids.visual.dtype == torch.int64
+    assert ids.text_start == ids.generated_start == text
+
+
+def test_sequences_in_planes_by_hand():
+    """Text counts alike in all planes; the cache counts tokens, from the offset that the unpruned prompt leaves."""
+    ids = assign(OF_GRID, grid_ids(), "original+cache", 0)
+    assert sequence_positions(2, ids, 2).tolist() == [
+        *([0] * 3, [1] * 3),
+        *([2, 4, 5], [2, 2, 3], [2, 4, 3], [2, 2, 5]),
+        *([6] * 3, [7] * 3),
+    ]
+    assert generated_position(2, ids, 2) == (2 + 4 + 2) + (4 - 12)
+
+
+@pytest.mark.parametrize(("plane", "spec"), [(1, "shuffled_rows"), (2, "shuffled_columns")])
+def test_one_plane_shuffled_leaves_the_others(plane, spec):
+    unpruned, origin = grid_ids(9, 11), torch.arange(99)
+    ids, own = assign(origin, unpruned, spec, 3), unpruned.visual
+    moved = (ids.visual != own).any(dim=0)
+    assert moved.tolist() == [i == plane for i in range(3)] and ids.text_start == 11
+    assert ids.visual.sort(dim=0).values.equal(own.sort(dim=0).values)
+    assert assign(origin, unpruned, f"{spec}:0", 3).visual.equal(own)
+    triples = assign(origin, unpruned, "shuffled", 3).visual
+    assert {tuple(t) for t in triples.tolist()} == {tuple(t) for t in own.tolist()} and not triples.equal(own)
+    with pytest.raises(ValueError, match="only IDs in several planes"):
+        assign(torch.arange(4), raster_ids(9), spec, 0)
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.data())
+def test_planes_of_a_whole_grid_are_kept_and_the_text_follows(rows, columns, data):
+    unpruned, n = grid_ids(rows, columns), rows * columns
+    for spec in ("original", "compact", "stretched", "prefix", "regrid", "shuffled:0", "compressed:1", "shifted:0"):
+        ids = assign(torch.arange(n), unpruned, spec, 0)
+        assert ids.visual.equal(unpruned.visual) and ids.text_start == max(rows, columns), spec
+    origin = torch.tensor(data.draw(st.lists(st.integers(0, n - 1), min_size=1, max_size=n, unique=True)))
+    for spec in ("original", "compact", "stretched", "prefix", "regrid", "sequential", "shuffled", "shuffled_rows"):
+        ids = assign(origin, unpruned, spec, 0)
+        assert ids.visual.shape == (len(origin), 3) and ids.visual.min() >= 0, spec
+        assert ids.visual.max() < ids.text_start, spec
+    regrid = assign(origin, unpruned, "regrid", 0).visual
+    assert len(regrid.unique(dim=0)) == len(origin)

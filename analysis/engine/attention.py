@@ -32,14 +32,14 @@ from analysis.engine import shared_prefix as cascade
 from analysis.engine.decode import Context, begin, greedy, hidden_states
 from analysis.engine.evaluate import EXPRESSION, RecDataset, form, image_seed, texts, whose
 from analysis.models import Model
-from analysis.positions import layout
+from analysis.positions import sequence_positions
 from analysis.pruning import cls_similarity, prumerge, random, select, text_similarity, trim
 from analysis.pruning import pruner as find_pruner
 from analysis.pruning._budget import check
 from analysis.pruning._select import ranking
 from analysis.registry import pick
 from analysis.summarization.losses import inconsistency_rate
-from analysis.types import Cell, Selection, VisualTokens
+from analysis.types import Cell, Ids, Selection, VisualTokens
 
 # Chosen on 60 training scenes: 3 takes out 0.03, 2.3 and 0.03 of 144 tokens an image (tiny-llava, -wide, tiny-shikra)
 SINK = 3.0
@@ -108,18 +108,18 @@ class _Biased:
 
 
 class Batch(NamedTuple):
-    """B expressions on I images. features: [I, N, D], raster order; image: [B], which one; prompts: of each."""
+    """B expressions on I images. features: [I, N, D], raster order; unpruned: as `VisualTokens.unpruned`; image: [B],
+    which one; prompts: of each."""
 
     features: Tensor
+    unpruned: Ids
     image: Sequence[int]
     prompts: Sequence[Prompt]
 
     def positions(self) -> tuple[list[Tensor], list[Tensor]]:
         """Original IDs of what comes up to the image's end, and of what follows, for each expression."""
-        n = self.features.shape[1]
-        place = torch.arange(n, device=self.features.device)
-        whole = [layout(len(before), place, n, len(after)) for before, after in self.prompts]
-        ends = [len(before) + n for before, _ in self.prompts]
+        whole = [sequence_positions(len(before), self.unpruned, len(after)) for before, after in self.prompts]
+        ends = [len(before) + self.features.shape[1] for before, _ in self.prompts]
         return [ids[:end] for ids, end in zip(whole, ends)], [ids[end:] for ids, end in zip(whole, ends)]
 
     def begun(self, model: Model, bias: Tensor | None = None) -> Context:
@@ -291,7 +291,12 @@ def measure(
         n, index = visual.length, torch.tensor([part.index(image_id) for image_id in rows["image_id"]])
         pairs = visual.take(index.to(visual.features.device), **model.texts(list(rows["expression"])))
         seeds = [image_seed(seed, image_id) for image_id in rows["image_id"]]
-        batch = Batch(visual.features, index.tolist(), [model.prompt(expression) for expression in rows["expression"]])
+        batch = Batch(
+            visual.features,
+            visual.unpruned,
+            index.tolist(),
+            [model.prompt(expression) for expression in rows["expression"]],
+        )
         looks, scores = look(model, batch), {name: compute(pairs, seeds).cpu() for name, compute in score.items()}
         asked = whose(model, dataset, rows, EXPRESSION)
         unknown = torch.full((len(rows), n), torch.nan)

@@ -26,11 +26,11 @@ from transformers import Cache, LlamaConfig, LlamaModel
 from analysis.engine.decode import causal_mask, prefill
 from analysis.engine.evaluate import image_seed
 from analysis.models import Model
-from analysis.positions import assign, layout, reorder
+from analysis.positions import assign, reorder, sequence_positions
 from analysis.pruning import budget, pruner, select
 from analysis.rec.datasets import RecDataset
 from analysis.registry import matching, pick
-from analysis.types import Cell, Selection, VisualTokens
+from analysis.types import Cell, Ids, Selection, VisualTokens
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler would write two lines to stderr each time
 TEXT = 73  # tokens of a REC prompt to LLaVA-1.5: 35 before the image, some 38 (taken as typical) after it
@@ -89,15 +89,15 @@ def decoder_flops(name: str, keep: float) -> int:
 
 @torch.inference_mode()
 def sequences(
-    model: Model, selections: Sequence[Selection], n: int, prompts: Sequence[tuple[Tensor, Tensor]], cell: Cell
+    model: Model, selections: Sequence[Selection], unpruned: Ids, prompts: Sequence[tuple[Tensor, Tensor]], cell: Cell
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Embeddings and position IDs of whole prompts under a cell; n: visual tokens before pruning."""
+    """Embeddings and position IDs of whole prompts under a cell; unpruned: as `VisualTokens.unpruned`."""
     embeds, positions = [], []
     for selection, (prefix, suffix) in zip(selections, prompts):
         selection = reorder(selection, cell.order, cell.seed)
-        ids = assign(selection.origin, n, cell.ids, cell.seed)
+        ids = assign(selection.origin, unpruned, cell.ids, cell.seed)
         embeds.append(torch.cat([model.embed(prefix), selection.features, model.embed(suffix)]))
-        positions.append(layout(len(prefix), ids.visual, ids.text, len(suffix)))
+        positions.append(sequence_positions(len(prefix), ids, len(suffix)))
     return embeds, positions
 
 
@@ -132,7 +132,7 @@ def measure(
             visual = encode()  # anew, so that each method pays for its own signals
             start = clock(model)
             chosen = select(pruner(cell.pruner), visual, cell.keep, seeds)
-            embeds, positions = sequences(model, chosen, visual.length, prompts, cell)
+            embeds, positions = sequences(model, chosen, visual.unpruned, prompts, cell)
             selected = clock(model)
             _, cache, _ = prefill(model.decoder, model.head, embeds, positions)
             done = clock(model)

@@ -1,8 +1,10 @@
 """Prefill and greedy decoding with explicit position IDs, for any Llama-like decoder of transformers.
 
-Where decoding goes on: each sequence continues at its own last ID + 1. Under GAP (original IDs, arXiv:2506.21873) the
-text after the image stands where it would unpruned, and so do the generated tokens. Counting the tokens in the cache
-instead is the bug to avoid: "GAP prefill, compact decode".
+Where decoding goes on: each sequence continues at its own last ID + 1, unless `next_ids` says otherwise. Under GAP
+(original IDs, arXiv:2506.21873) the text after the image stands where it would unpruned, and so do generated tokens.
+Counting the tokens in the cache instead is the bug to avoid: "GAP prefill, compact decode".
+
+Position IDs are [L], or [L, P] for decoders that rotate by P planes of IDs (M-RoPE), which take them as [P, B, L].
 
 Several expressions on one image share all that comes before the question: `begin` runs it once, and `cascade` reads it
 without copying it.
@@ -86,6 +88,11 @@ def begin(
     return *(one.take(index) for one in context), level(cache, mask[:, None, None], index)
 
 
+def for_decoder(position_ids: Tensor) -> Tensor:
+    """A batch's IDs as transformers' decoders take them: [B, L] as it is, [B, L, P] as [P, B, L]."""
+    return position_ids if position_ids.dim() == 2 else position_ids.permute(2, 0, 1)
+
+
 @torch.inference_mode()
 def hidden_states(
     decoder: nn.Module,
@@ -96,7 +103,8 @@ def hidden_states(
 ) -> tuple[Tensor, Cache, Tensor]:
     """Run a ragged batch: last hidden states [B, L, D], the filled cache, and which places are tokens [B, L] bool.
 
-    embeds: B tensors [L_i, D]; position_ids: B tensors [L_i] int64. L is the longest L_i; padding embeds as zeros.
+    embeds: B tensors [L_i, D]; position_ids: B tensors [L_i] or [L_i, P] int64. L is the longest L_i; padding embeds
+    as zeros.
     context: what the B sequences come after, as `begin` makes it.
     Raises ValueError on an empty batch or sequence, on lengths that disagree, on an unknown padding side, and for a
     context where the decoder's attention is not "cascade".
@@ -113,13 +121,13 @@ def hidden_states(
         raise ValueError(f"each token needs one position ID: got {given} IDs for sequences of lengths {lengths}")
     if padding not in ("left", "right"):
         raise ValueError(f"padding must be 'left' or 'right', got {padding!r}")
-    masks = [torch.ones_like(p, dtype=torch.bool) for p in position_ids]
+    masks = [torch.ones(len(p), dtype=torch.bool, device=p.device) for p in position_ids]
     states, ids, valid = (
         pad_sequence(list(rows), batch_first=True, padding_side=padding) for rows in (embeds, position_ids, masks)
     )
     out = decoder(
         inputs_embeds=states,
-        position_ids=ids,
+        position_ids=for_decoder(ids),
         attention_mask=causal_mask(valid, states.dtype),
         past_key_values=Cache(layer_class_to_replicate=RoomyLayer),
         use_cache=True,
@@ -169,6 +177,7 @@ def greedy(
     context: Context = (),
     padding: Padding = "left",
     draft: Sequence[int] = (),
+    next_ids: Sequence[int] | None = None,
 ) -> list[list[int] | None]:
     """Greedy continuation of each sequence, at most max_new_tokens long, without eos and what would follow; None where
     a logit was not a number.
@@ -178,12 +187,16 @@ def greedy(
     draft: the token expected at each place of an answer, -1 where it is open. Boxes have a form, so a forward can try all
     tokens up to the next open place; what the model would not have said itself is dropped (speculative decoding,
     arXiv:2211.17192, with a table as the drafter), so a wrong draft costs time and changes nothing.
+    next_ids: the position ID of each sequence's first generated token, in all planes; None goes on at its last ID + 1.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be >= 1, got {max_new_tokens}")
     logits, cache, valid = prefill(decoder, head, embeds, position_ids, padding, context)
     device = logits.device
-    next_id = torch.stack([ids[-1] for ids in position_ids]) + 1
+    if next_ids is None:
+        next_ids = [int(ids[-1].max()) + 1 for ids in position_ids]
+    next_id = torch.tensor(next_ids, device=device)
+    planes = position_ids[0].shape[1:]
     ends = [eos] if isinstance(eos, int) else sorted(eos)
     runs = [0] * (2 * max_new_tokens + 1)  # how many tokens the draft goes on for at a place; the last is the model's
     for place in reversed(range(min(len(draft), max_new_tokens - 1))):
@@ -213,9 +226,10 @@ def greedy(
         fresh = ahead < runs[place][:, None]
         valid = torch.cat([pad(valid, (0, 1), value=True), fresh], dim=1)
         latest = embed(torch.cat([token[:, None], tried], dim=1))
+        latest_ids = next_id[:, None] + torch.arange(latest.shape[1], device=device)
         out = decoder(
             inputs_embeds=latest,
-            position_ids=next_id[:, None] + torch.arange(latest.shape[1], device=device),
+            position_ids=latest_ids.expand(*planes, -1, -1),
             attention_mask=causal_mask(valid, latest.dtype, queries=latest.shape[1]),
             past_key_values=cache,
             use_cache=True,

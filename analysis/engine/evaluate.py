@@ -27,12 +27,12 @@ from tqdm import tqdm
 from analysis import results
 from analysis.engine.decode import begin, greedy, usual
 from analysis.models import Model
-from analysis.positions import ORDERS, Ids, assign, layout, parse_spec, reorder
+from analysis.positions import ORDERS, assign, generated_position, parse_spec, reorder, sequence_positions
 from analysis.pruning import Pruner, select
 from analysis.pruning import pruner as find_pruner
 from analysis.rec.boxes import DIALECTS
 from analysis.rec.scoring import check_boxes, score, score_words
-from analysis.types import Cell, Selection, Signals, VisualTokens
+from analysis.types import Cell, Ids, Selection, Signals, VisualTokens
 
 _KEY = ["image_id", "ref_id", "sent_id"]
 EXPRESSION = [*_KEY, "expression", "width", "height", "x1", "y1", "x2", "y2"]
@@ -124,10 +124,10 @@ def _readable(model: Model, dataset: RecDataset, rows: pd.DataFrame) -> tuple[di
     return images, errors
 
 
-def _place(selection: Selection, n: int, cell: Cell, seed: int) -> tuple[Tensor, Ids]:
+def _place(selection: Selection, unpruned: Ids, cell: Cell, seed: int) -> tuple[Tensor, Ids]:
     """One image's tokens [K, D] in the cell's order, and the cell's IDs."""
     selection = reorder(selection, cell.order, seed)
-    return selection.features, assign(selection.origin, n, cell.ids, seed)
+    return selection.features, assign(selection.origin, unpruned, cell.ids, seed)
 
 
 @dataclass
@@ -170,10 +170,10 @@ def _answer(
 ) -> list[list[int] | None]:
     """The tokens that answer one batch; arguments by row index. Rows that hold the same tuple share their prefill, and
     all images that of the words before them."""
-    words, shared, owner, questions = {}, {}, [], []
+    words, shared, owner, questions, next_ids = {}, {}, [], [], []
     for row, (features, ids) in placed.items():
         prefix, suffix = prompts[row]
-        positions = layout(len(prefix), ids.visual, ids.text, len(suffix))
+        positions = sequence_positions(len(prefix), ids, len(suffix))
         first, image, last = positions.tensor_split([len(prefix), len(prefix) + len(features)])
         said = tuple(prefix.tolist())  # in some prompts the expression comes before the image
         if said not in words:
@@ -182,6 +182,7 @@ def _answer(
             shared[key] = len(shared), features, image, words[said][0]
         owner.append(shared[key][0])
         questions.append((model.embed(suffix), last))
+        next_ids.append(generated_position(len(prefix), ids, len(suffix)))
     _, *said = zip(*words.values())
     _, *images, after = zip(*shared.values())
     context = begin(model.decoder, *images, owner, context=begin(model.decoder, *said, after))
@@ -194,6 +195,7 @@ def _answer(
         eos=model.eos,
         context=context,
         draft=draft,
+        next_ids=next_ids,
     )
 
 
@@ -239,12 +241,17 @@ def _answers(
     return raw, errors
 
 
+def _blank(model: Model) -> VisualTokens:
+    """A blank image, to try on it what will be done to all others."""
+    return model.encode([Image.new("RGB", (8, 8))]).take(torch.tensor([0]), **model.texts(["thing"]))
+
+
 def needs_text(model: Model, prune: Pruner, keep: float | None) -> bool:
     """Whether a method selects anew for every expression: it is tried on a blank image, and what it asked for counts.
 
     Raises what the method raises where it cannot run.
     """
-    blank = model.encode([Image.new("RGB", (8, 8))]).take(torch.tensor([0]), **model.texts(["thing"]))
+    blank = _blank(model)
     select(prune, blank, keep, [0])
     return bool(blank.signals.asked & Signals.TEXT)
 
@@ -310,7 +317,7 @@ def _pieces(
 ) -> Iterator[tuple[Cell, pd.DataFrame]]:
     """The finished rows of one chunk, cell by cell; images and errors as `_readable` gives them."""
     encoded = list(_encode(model, images, pace))
-    lengths = {image_id: visual.length for image_ids, visual in encoded for image_id in image_ids}
+    unpruned = {image_id: visual.unpruned for image_ids, visual in encoded for image_id in image_ids}
     ask = model.ask if "answer" in rows else model.prompt
     prompts = {expression: ask(expression) for expression in rows["expression"].unique()}
     made: dict[tuple, dict[Any, Selection]] = {}
@@ -326,7 +333,8 @@ def _pieces(
             }
         once = {id(selection): (selection, rows["image_id"][row]) for row, selection in made[key].items()}
         done = {
-            name: _place(selection, lengths[i], cell, image_seed(cell.seed, i)) for name, (selection, i) in once.items()
+            name: _place(selection, unpruned[i], cell, image_seed(cell.seed, i))
+            for name, (selection, i) in once.items()
         }
         placed = {row: done[id(selection)] for row, selection in made[key].items()}
         raw, failed = _answers(model, placed, prompts, rows, pace, bar)
@@ -336,7 +344,7 @@ def _pieces(
             frame=model.frame,
             **cell.columns(),
             tokens=[float(len(placed[row][0])) if row in placed else float("nan") for row in rows.index],
-            tokens_full=[float(lengths.get(i, "nan")) for i in rows["image_id"]],
+            tokens_full=[float(len(unpruned[i].visual)) if i in unpruned else float("nan") for i in rows["image_id"]],
             error=[errors.get(i, "") for i in rows["image_id"]] + failed,
         )
         table = whose(model, dataset, rows, _columns(rows)).assign(**answered)
@@ -392,6 +400,12 @@ def evaluate(
             by_text[pruner, keep] = needs_text(model, find_pruner(pruner), keep)
         except (ValueError, AttributeError, OSError) as error:
             raise ValueError(f"pruner {pruner!r} cannot run on {model.name} with keep {keep}: {error}") from error
+    unpruned = _blank(model).unpruned
+    for ids in dict.fromkeys(c.ids for c in grid):
+        try:
+            assign(torch.zeros(1, dtype=torch.int64, device=unpruned.visual.device), unpruned, ids, 0)
+        except ValueError as error:
+            raise ValueError(f"IDs {ids!r} cannot be given on {model.name}: {error}") from error
 
     settings = {
         "model": model.name,

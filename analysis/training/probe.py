@@ -19,7 +19,7 @@ from torch import Tensor
 
 from analysis.engine.decode import causal_mask
 from analysis.models import MODELS, load
-from analysis.positions import assign, layout
+from analysis.positions import assign, sequence_positions
 from analysis.pruning import none, select
 from analysis.rec import datasets
 
@@ -51,9 +51,9 @@ def probe(name: str, images: int = 100, seed: int = 0) -> pd.DataFrame:
         states = []
         for i, visual in enumerate(seen):
             features = select(none.prune, visual, None, [seed])[0].features
-            ids = assign(torch.arange(len(features)), len(features), spec, seed + i)
+            ids = assign(torch.arange(len(features)), visual.unpruned, spec, seed + i)
             embeds = torch.cat([model.embed(prefix), features])[None]
-            positions = layout(len(prefix), *ids, 0)[None]
+            positions = sequence_positions(len(prefix), ids, 0)[None]
             mask = causal_mask(torch.ones(1, embeds.shape[1], dtype=torch.bool), embeds.dtype)
             out = model.decoder(
                 inputs_embeds=embeds,
