@@ -21,7 +21,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from analysis.engine import shared_prefix as cascade
-from analysis.models import clip
+from analysis.models import clip, towers
 from analysis.types import Signals, VisualTokens
 
 # Vicuna's, and of all that is tuned from it
@@ -136,22 +136,7 @@ class Model:
     def look(self, pixels: Tensor) -> Signals:
         """Run the tower, a CLIP, on [B, 3, S, S]."""
         hidden = self.tower(pixels, output_hidden_states=True).hidden_states
-        read, before, second_last, last = hidden[self.layer], hidden[self.layer - 1], hidden[-2], hidden[-1]
-        block, final = self.tower.encoder.layers[self.layer - 1], self.tower.encoder.layers[-1]  # `block` makes `read`
-
-        @torch.inference_mode()
-        def cls_attention() -> Tensor:
-            weights = block.self_attn(block.layer_norm1(before))[1]  # [B, heads, 1 + N, 1 + N]
-            return weights[:, :, 0, 1:].mean(dim=1)
-
-        return Signals(
-            patches=lambda: read[:, 1:],
-            cls=lambda: read[:, 0],
-            cls_attention=cls_attention,
-            keys=lambda: final.self_attn.k_proj(final.layer_norm1(second_last)),
-            cls_query=lambda: final.self_attn.q_proj(final.layer_norm1(second_last[:, 0])),
-            clip_patches=lambda: self.clip().patches(self.tower, last),
-        )
+        return towers.clip_signals(self.tower, hidden, self.layer, self.clip)
 
     def texts(self, expressions: Sequence[str]) -> dict[str, Callable[[], Tensor]]:
         """The signals of `types.Signals` that need text, as thunks, for one expression an image."""

@@ -1,0 +1,365 @@
+"""`pruned` on random models of nine families: the identity and reference laws, what goes through `generate`,
+refusals."""
+
+import re
+from functools import cache
+
+import pytest
+import torch
+from torch.nn.functional import log_softmax
+
+from analysis import hf
+from analysis.hf import pruned
+from analysis.pruning import pruner, select
+from analysis.types import Signals, VisualTokens
+from tests.support import generate as small
+
+NAMES = list(small.MODELS)
+STEPS = 6
+
+model_of = cache(small.build)
+
+
+@cache
+def inputs_of(name):
+    return small.batch(name)[0]
+
+
+def answer(name, **options):
+    """Sequences and per-step logits of a greedy answer."""
+    return model_of(name).generate(
+        **inputs_of(name), max_new_tokens=STEPS, output_logits=True, return_dict_in_generate=True, **options
+    )
+
+
+@cache
+def plain(name):
+    return answer(name)
+
+
+def dropped(name, method, keep):
+    """[B, L] bool: the visual tokens that a method drops which looks at no feature."""
+    inputs, runs = small.batch(name)
+    gone = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
+    places = iter((inputs["input_ids"] == small.IMAGE).nonzero().tolist())
+
+    def tokens(grid, **more):
+        return VisualTokens(torch.zeros(1, grid[0] * grid[1], 2), grid, Signals(), **more)
+
+    for image, lengths in zip(runs, image_lengths(name)):
+        for grid, mosaic in image:
+            tiles = tokens(mosaic, newline=torch.zeros(2)) if mosaic else None
+            visual = tokens(grid, tiles=tiles)
+            (kept,) = select(pruner(method), visual, keep, [0])
+            for place in range(visual.length):
+                row, column = next(places)
+                gone[row, column] = place not in kept.origin.tolist()
+            lengths -= visual.length
+        for _ in range(lengths):  # a single newline
+            next(places)
+    assert next(places, None) is None
+    return gone
+
+
+def image_lengths(name):
+    _, runs = small.batch(name)
+    if name == "llava_onevision":
+        return [16 + 6 * 9, 17, 17, 16 + 8 * 5]
+    return [sum(a * b + (c[0] * (c[1] + 1) if c else 0) for (a, b), c in image) for image in runs]
+
+
+def reference(name, sequences, gone):
+    """Logits of the steps of these sequences at full length, where no token sees a dropped one (a 4-D mask)."""
+    model, inputs = model_of(name), dict(inputs_of(name))
+    repeats = len(sequences) // len(inputs["input_ids"])
+    new = sequences.shape[1] - inputs["input_ids"].shape[1]
+    real = torch.nn.functional.pad(inputs.pop("attention_mask"), (0, new), value=1).repeat_interleave(repeats, 0)
+    gone = torch.nn.functional.pad(gone, (0, new)).repeat_interleave(repeats, 0)
+    ids = real.cumsum(1) - 1
+    if name.startswith("qwen"):
+        kinds = (sequences == small.IMAGE).int()
+        grids = torch.cat([inputs["image_grid_thw"][a:b].repeat(repeats, 1) for a, b in ((0, 1), (1, 3), (3, 4))])
+        ids = model.base_model.get_rope_index(sequences, kinds, grids, attention_mask=real)[0]
+    place = torch.arange(sequences.shape[1])
+    seen = (place[:, None] >= place) & (real.bool() & ~gone)[:, None] | (place[:, None] == place)
+    mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)[:, None]
+    with torch.no_grad():
+        features = model.base_model.get_image_features(
+            **{key: value for key, value in inputs.items() if key not in ("input_ids", "mm_token_type_ids")},
+            return_dict=True,
+        )
+        features = model._expand_multimodal_outputs(inputs["input_ids"], {"image": features}, repeats)
+        out = model(input_ids=sequences, attention_mask=mask, position_ids=ids, mm_encoder_outputs=features)
+    return out.logits[:, -new - 1 : -1]
+
+
+def gap(name, out):
+    """The largest difference of logits from the reference, for spatial pruning at a quarter."""
+    expected = reference(name, out.sequences, dropped(name, "spatial", 0.25))
+    return float((torch.stack(out.logits, dim=1) - expected).abs().max())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_all_tokens_with_original_ids_give_the_unpruned_models_bits(name):
+    model = model_of(name)
+    beams = dict(num_beams=3, num_return_sequences=2, max_new_tokens=STEPS)
+    plain_beams = model.generate(**inputs_of(name), **beams)
+    with torch.no_grad():
+        states = model(**inputs_of(name)).logits
+    with pruned(model, None, "none", keep=None, ids="original"):
+        out, pruned_beams = answer(name), model.generate(**inputs_of(name), **beams)
+        with torch.no_grad():
+            pruned_states = model(**inputs_of(name)).logits
+    assert torch.equal(out.sequences, plain(name).sequences)
+    assert all(torch.equal(a, b) for a, b in zip(out.logits, plain(name).logits, strict=True))
+    assert torch.equal(pruned_beams, plain_beams)
+    real = inputs_of(name)["attention_mask"].bool()
+    assert torch.equal(pruned_states[real], states[real])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_quarter_with_original_ids_is_full_length_with_the_rest_masked_out(name):
+    model = model_of(name)
+    with pruned(model, None, "spatial", keep=0.25, ids="original"):
+        out = answer(name)
+        beams = answer(name, num_beams=3, output_scores=True)
+    assert out.sequences.shape == plain(name).sequences.shape
+    assert gap(name, out) <= 1e-4
+    assert not torch.allclose(out.logits[0], plain(name).logits[0], atol=1e-2)  # pruning changes something
+    logits = reference(name, beams.sequences, dropped(name, "spatial", 0.25))
+    logits[..., [0, small.IMAGE, small.VIDEO]] = -torch.inf  # as suppressed
+    made = beams.sequences[:, -STEPS:]
+    scores = log_softmax(reference(name, beams.sequences, dropped(name, "spatial", 0.25)), dim=-1)
+    scores = scores.gather(2, made[..., None])[..., 0].mean(dim=1)
+    torch.testing.assert_close(beams.sequences_scores, scores, atol=1e-4, rtol=0)
+
+
+def cached_ids(self, cache, seen, kwargs, step=hf._Hooks.step):
+    self.cut = self.cut._replace(next_id=torch.full_like(self.cut.next_id, self.prefilled))
+    return step(self, cache, seen, kwargs)
+
+
+def no_mask(method):
+    return lambda self, *args: method(self, *args) | dict(attention_mask=None)
+
+
+def next_images(self, slots, shared=hf._Hooks.shared):
+    count = len(self.images)
+    return [[(number + 1) % count for number in row] for row in shared(self, slots)]
+
+
+def padded_right(rows):
+    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+
+
+MUTANTS = {
+    "cache-length IDs": [(hf._Hooks, "step", cached_ids)],
+    "right padding": [(hf, "_left", padded_right)],
+    "lost mask": [(hf._Hooks, "step", no_mask(hf._Hooks.step)), (hf._Hooks, "prefill", no_mask(hf._Hooks.prefill))],
+    "wrong image": [(hf._Hooks, "shared", next_images)],
+}
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_the_reference_catches(mutant, monkeypatch):
+    for where, attribute, other in MUTANTS[mutant]:
+        monkeypatch.setattr(where, attribute, other)
+    with pruned(model_of("llava"), None, "spatial", keep=0.25, ids="original"):
+        out = answer("llava")
+    assert gap("llava", out) > 1e-2
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_every_way_of_decoding_gives_the_same_answer(name):
+    model = model_of(name)
+    one = dict(inputs_of(name))
+    with pruned(model, None, "random", keep=0.25, ids="original", seed=3):
+        out = answer(name).sequences
+        assert torch.equal(answer(name, cache_implementation="static").sequences, out)
+        assert torch.equal(answer(name, use_cache=False).sequences, out)
+        torch.manual_seed(0)
+        several = answer(name, do_sample=True, num_return_sequences=2, top_k=1).sequences
+        assert torch.equal(several, out.repeat_interleave(2, dim=0))
+    # the last prompt alone, unpadded
+    real = one["attention_mask"][2].bool()
+    alone = {key: one[key][2:, real] for key in one if one[key].shape == one["input_ids"].shape}
+    if name == "llava":
+        alone["pixel_values"] = one["pixel_values"][3:]
+    else:
+        patches = int(one["image_grid_thw"][3].prod())
+        alone |= dict(image_grid_thw=one["image_grid_thw"][3:], pixel_values=one["pixel_values"][-patches:])
+    with pruned(model, None, "random", keep=0.25, ids="original", seed=3):
+        single = model.generate(**alone, max_new_tokens=STEPS)
+        looked_up = model.generate(**alone, max_new_tokens=STEPS, prompt_lookup_num_tokens=3)
+    assert torch.equal(single[0, -STEPS:], out[2, -STEPS:])
+    assert torch.equal(looked_up, single)
+
+
+def hooks_of(model):
+    parts = (model, model.base_model, model.get_decoder())
+    kinds = ("_forward_hooks", "_forward_pre_hooks")
+    return [len(getattr(part, kind)) for part in parts for kind in kinds], [sorted(part.__dict__) for part in parts]
+
+
+def test_everything_is_restored_also_after_an_exception():
+    model = model_of("llava")
+    before = plain("llava").sequences, hooks_of(model)
+    with pytest.raises(KeyError, match="mine"), pruned(model, None, "random", keep=0.25):
+        answer("llava")
+        raise KeyError("mine")
+    assert hooks_of(model) == before[1]
+    assert torch.equal(answer("llava").sequences, before[0])
+    with pruned(model, None, "random", keep=0.25):  # nothing is left of the block before
+        answer("llava")
+    assert hooks_of(model) == before[1]
+
+
+def test_gradients_flow_through_the_kept_tokens():
+    model, inputs = small.build("llava"), inputs_of("llava")
+    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == small.IMAGE, -100)
+    with pruned(model, None, "fastervlm", keep=0.25):
+        model(**inputs, labels=labels).loss.backward()
+    assert model.model.vision_tower.embeddings.patch_embedding.weight.grad.abs().sum() > 0
+
+
+def test_ids_and_seeds_are_used():
+    answers = {}
+    for ids in ("original", "compact", "original+cache", "original@compact"):
+        with pruned(model_of("llava"), None, "random", keep=0.25, ids=ids):
+            answers[ids] = answer("llava")
+    first = {ids: out.logits[0] for ids, out in answers.items()}
+    second = {ids: out.logits[1] for ids, out in answers.items()}
+    assert torch.equal(first["original"], first["original+cache"])
+    assert not torch.equal(second["original"], second["original+cache"])
+    assert not torch.equal(first["original"], first["original@compact"])
+    assert not torch.equal(first["compact"], first["original@compact"])
+    with pruned(model_of("llava"), None, "random", keep=0.25, seed=[0, 0, 0, 1]):
+        other = answer("llava").logits[0]
+    assert torch.equal(other[:2], first["original"][:2])
+    assert not torch.equal(other[2], first["original"][2])
+
+
+def refused(error, message, name="llava", model=None, **options):
+    """The message with which a block raises; it runs `call` inside."""
+    call = options.pop("call", lambda model: model.generate(**inputs_of(name), max_new_tokens=2))
+    with pytest.raises(error, match=re.escape(message)), pruned(model or model_of(name), None, **options) as inside:
+        call(inside)
+
+
+def nested(model):
+    with pruned(model, None):
+        pass
+
+
+def resumed(model):
+    out = model.generate(**inputs_of("llava"), max_new_tokens=2, return_dict_in_generate=True)
+    model.generate(out.sequences, past_key_values=out.past_key_values, max_new_tokens=2)
+
+
+def own_cache(model):
+    with torch.no_grad():
+        cache = model(**inputs_of("llava")).past_key_values
+        model(**inputs_of("llava"))
+        model(input_ids=torch.tensor([[5]] * 3), past_key_values=cache)
+
+
+def features_from_elsewhere(model):
+    with torch.no_grad():
+        made = small.build("llava").model.get_image_features(inputs_of("llava")["pixel_values"])
+    model.generate(
+        **{key: value for key, value in inputs_of("llava").items() if key != "pixel_values"},
+        mm_encoder_outputs={"image": made},
+    )
+
+
+def generated(**more):
+    return lambda model: model.generate(**inputs_of("llava") | more, max_new_tokens=2)
+
+
+def two_way(model):
+    length = inputs_of("llava")["input_ids"].shape[1]
+    with torch.no_grad():
+        model(**inputs_of("llava") | dict(attention_mask=torch.zeros(3, 1, length, length)))
+
+
+def one_place_moved():
+    """The prompts with one image token moved from the first to the last; together there are as many as before."""
+    ids = inputs_of("llava")["input_ids"].clone()
+    ids[0, (ids[0] == small.IMAGE).nonzero()[0]] = 5
+    ids[2, -1] = small.IMAGE
+    return ids
+
+
+WRONG = {
+    "no image": (RuntimeError, "no image was pruned", dict(call=lambda model: None)),
+    "text only": (
+        RuntimeError,
+        "no image was pruned",
+        dict(call=lambda model: model.generate(torch.tensor([[1, 5, 6]]), max_new_tokens=2)),
+    ),
+    "nested": (RuntimeError, "being pruned already", dict(call=nested)),
+    "resumed": (RuntimeError, "leave out past_key_values", dict(call=resumed)),
+    "own cache": (RuntimeError, "give it the whole prompt first", dict(call=own_cache)),
+    "own features": (ValueError, "give the model pixel_values inside", dict(call=features_from_elsewhere)),
+    "chunks": (ValueError, "leave it out inside `pruned`", dict(call=generated(prefill_chunk_size=8))),
+    "own assistant": (
+        ValueError,
+        "cannot be its own assistant_model",
+        dict(call=lambda model: model.generate(**inputs_of("llava"), assistant_model=model)),
+    ),
+    "embeddings": (ValueError, "give generate input_ids", dict(call=generated(inputs_embeds=torch.zeros(3, 42, 32)))),
+    "images missing": (
+        ValueError,
+        "no pixel_values came with it",
+        dict(call=lambda model: (generated()(model), model.generate(inputs_of("llava")["input_ids"]))),
+    ),
+    "places moved": (
+        ValueError,
+        "give images and prompts to the processor in one call",
+        dict(call=generated(input_ids=one_place_moved())),
+    ),
+    "mask": (ValueError, "is not causal", dict(call=two_way)),
+    "position IDs": (
+        ValueError,
+        "no position_ids of your own",
+        dict(call=generated(position_ids=2 * torch.arange(42).expand(3, -1))),
+    ),
+    "pruner": (ValueError, "did you mean 'fastervlm'", dict(pruner="fastrvlm")),
+    "keep": (ValueError, "keep ratio must be in (0, 1]", dict(keep=25)),
+    "keep of none": (ValueError, "keep must be None or 1", dict(pruner="none", keep=0.5)),
+    "ids": (ValueError, "did you mean 'original'", dict(ids="orignal")),
+    "order": (ValueError, "an order has no text rule", dict(order="raster@after")),
+    "seeds": (ValueError, "seed lists 2 numbers for 4 images", dict(pruner="random", seed=[1, 2])),
+    "texts": (ValueError, "texts holds 1 texts for 3 prompts", dict(pruner="random", texts=["a"])),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_use_says_what_would_be_right(case):
+    error, message, options = WRONG[case]
+    refused(error, message, **options)
+    assert torch.equal(answer("llava").sequences, plain("llava").sequences)
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "smolvlm", "llava_onevision"])
+def test_a_tower_without_cls_refuses_methods_that_need_one(name):
+    refused(ValueError, "methods that can: random, spatial and divprune", name, pruner="fastervlm")
+
+
+def test_models_kernels_and_videos_that_cannot_be_pruned():
+    model = small.build("llava")
+    refused(ValueError, "give the whole model", model=model.model)
+    model.config.model_type = "gemma3"
+    refused(ValueError, "gemma3", model=model)
+    flash = small.build("llava")
+    flash.get_decoder().config._attn_implementation = "flash_attention_2"
+    refused(ValueError, "attn_implementation='sdpa'", model=flash)
+    qwen = model_of("qwen2_vl")
+    refused(
+        ValueError,
+        "still images",
+        "qwen2_vl",
+        pruner="random",
+        call=lambda model: model.model.get_video_features(torch.zeros(16, 96), torch.tensor([[1, 4, 4]])),
+    )
+    assert "get_video_features" not in qwen.model.__dict__
