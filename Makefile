@@ -4,20 +4,20 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help paper test test-fast fuzz bench slurm-test setup clean
+.PHONY: help paper test test-fast fuzz bench slurm-test setup lock clean
 
 help:  ## these lines
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/'
 
-setup: .venv/ready  ## make .venv with what pyproject.toml lists
+setup: .venv/ready  ## make .venv with what pyproject.toml lists, in the versions of requirements.lock
 
 # torch goes first and alone, so that pip takes whatever build of exactly this release the machine offers:
 # CUDA from PyPI on a GPU machine, a CPU build where pip is configured to find one
-.venv/ready: pyproject.toml
+.venv/ready: pyproject.toml requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, $(PYTHON) is %d.%d; try make PYTHON=python3.12" % sys.version_info[:2])'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet torch==2.13.0
-	$(BIN)/python -m pip install --quiet --editable .
+	$(BIN)/python -m pip install --quiet --constraint requirements.lock torch
+	$(BIN)/python -m pip install --quiet --constraint requirements.lock --editable '.[paper,test]'
 	touch $@
 
 paper: .venv/ready .snakemake/begun  ## regenerate every figure and table (what is up to date is left alone)
@@ -46,8 +46,12 @@ bench: .venv/ready  ## measure the engine: benchmarks/results.csv
 	$(BIN)/python benchmarks/run.py
 
 slurm-test: .venv/ready  ## prove profiles/slurm on the cluster's Slurm, or as root on one of this machine alone (Debian)
-	$(BIN)/python -m pip install --quiet --editable '.[slurm]'
+	$(BIN)/python -m pip install --quiet --constraint requirements.lock --editable '.[slurm]'
 	tests/slurm/run.sh
+
+lock: .venv/ready  ## write requirements.lock anew: the exact versions that .venv holds now
+	{ grep '^#' requirements.lock; $(BIN)/python -m pip freeze --exclude-editable | sed 's/+[a-z0-9.]*$$//' | grep -v '^setuptools=='; } > requirements.tmp
+	mv requirements.tmp requirements.lock
 
 clean:  ## forget what has been run, so that the next make paper regenerates everything
 	rm -rf .snakemake papermill_runs/*/*.ipynb papermill_runs/*/*.parts papermill_runs/smoke figures/smoke

@@ -10,8 +10,7 @@ import argparse
 import platform
 import shutil
 import sys
-import tomllib
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
 import pandas as pd
@@ -19,7 +18,7 @@ import psutil
 import yaml
 from packaging.requirements import Requirement
 
-from analysis import ROOT, results
+from analysis import IN_CLONE, ROOT, results
 
 RUNS = ROOT / "papermill_runs"
 PRODUCERS = (
@@ -59,6 +58,9 @@ def _execute(notebook: str, log: Path, parameters: dict) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Make the rows of a parameter file, or of the parameters given."""
+    if not IN_CLONE:
+        print("notebooks are in a clone of the project, not in the installed package; run this there", file=sys.stderr)
+        return 2
     given, folder = {}, RUNS / args.notebook
     if args.key:
         known = {path.stem: path for path in folder.glob("*.yaml")}
@@ -134,8 +136,12 @@ def doctor(args: argparse.Namespace) -> int:
         print(f"{'ok   ' if right else 'WRONG'} {what}: {seen}" + ("" if right else f"; {remedy}"))
 
     check("python", sys.version_info >= (3, 11), platform.python_version(), "3.11 or newer is needed")
-    for line in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]:
-        wanted = Requirement(line)
+    extras = ("", "figures", "notebooks", "summarization", "paper", "test") if IN_CLONE else ("",)
+    for wanted in map(Requirement, requires("analysis") or ()):
+        if wanted.name == "analysis" or not any(
+            wanted.marker is None or wanted.marker.evaluate({"extra": extra}) for extra in extras
+        ):
+            continue
         try:
             seen = version(wanted.name)
         except PackageNotFoundError:
@@ -144,7 +150,7 @@ def doctor(args: argparse.Namespace) -> int:
             wanted.name,
             seen != "missing" and wanted.specifier.contains(seen, prereleases=True),
             seen,
-            f"pip install '{line}'",
+            f"pip install '{wanted.name}{wanted.specifier}'",
         )
     import torch
 

@@ -16,7 +16,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ import pyarrow as pa
 from filelock import FileLock, Timeout
 from pyarrow import parquet
 
-from analysis import ROOT
+from analysis import IN_CLONE, ROOT
 
 
 def fingerprint(facts: Any) -> str:
@@ -35,13 +35,13 @@ def fingerprint(facts: Any) -> str:
 
 
 def environment() -> dict[str, str]:
-    """What of the surroundings can move a number: git commit ("unknown" outside a repository) and versions."""
-    try:
-        commit = subprocess.run(
-            ["git", "rev-parse", "--verify", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"
+    """What of the surroundings can move a number: git commit ("unknown" outside a clone) and versions."""
+    commit = "unknown"
+    if IN_CLONE:  # a wheel may lie in somebody else's repository
+        with suppress(OSError, subprocess.CalledProcessError):
+            commit = subprocess.run(
+                ["git", "rev-parse", "--verify", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+            ).stdout.strip()
     versions = {name: version(name) for name in ("torch", "transformers", "numpy")}
     return {"commit": commit, "python": platform.python_version(), **versions}
 

@@ -1,26 +1,85 @@
 """What holds for the project as a whole: dependency lists, notebooks, sizes."""
 
+import ast
 import re
 import subprocess
+import sys
 import tomllib
 
 import nbformat
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from analysis import ROOT
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+MODULES = {"PIL": "pillow", "yaml": "pyyaml", "rouge_score": "rouge-score", "nbformat": "papermill"}
+
+
+def extra(*names):
+    """What an extra installs besides the library, the extras that it names included."""
+    found = set()
+    for line in (line for name in names for line in EXTRAS[name]):
+        inner = re.fullmatch(r"analysis\[(.*)\]", line)
+        found |= extra(*inner[1].split(",")) if inner else {line}
+    return found
+
+
+def names(lines):
+    return {Requirement(line).name for line in lines}
+
+
+def imported(files):
+    """The packages that files import, standard library and project aside."""
+    found = set()
+    for node in (node for file in files for node in ast.walk(ast.parse(file.read_text()))):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            modules = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+            found |= {module.partition(".")[0] for module in modules}
+    return {MODULES.get(module, module) for module in found - sys.stdlib_module_names - {"analysis", "aclsum"}}
+
+
+def test_the_library_depends_on_what_it_imports_and_each_extra_on_what_its_part_does():
+    """A function of the command line that needs an extra imports it when it is called."""
+    files, core = set((ROOT / "analysis").rglob("*.py")), names(PROJECT["dependencies"])
+    parts = {
+        "summarization": {file for file in files if file.parent.name == "summarization"},
+        "figures": {ROOT / "analysis/style.py"},
+        "notebooks": {ROOT / "analysis/__main__.py"},
+    }
+    assert imported(files.difference(*parts.values())) | {"packaging"} == core
+    for name, part in parts.items():
+        assert imported(part) - core <= names(extra(name)), name
+    assert imported(parts["summarization"]) - core == names(EXTRAS["summarization"])
+
+
 def test_pip_and_conda_install_the_same():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    pip = {*project["dependencies"], f"python{project['requires-python']}"}
+    pip = {*PROJECT["dependencies"], *extra("paper", "test"), f"python{PROJECT['requires-python']}"}
     conda = {
         line.replace("pytorch", "torch")
         for line in yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
     }
     assert conda - {"pip"} == pip
+
+
+def test_the_lock_file_pins_all_that_is_installed_in_versions_that_fit():
+    lines = [line for line in (ROOT / "requirements.lock").read_text().splitlines() if not line.startswith("#")]
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines), "no hosts, no local paths, no builds"
+    locked = {canonicalize_name(name): version for name, version in (line.split("==") for line in lines)}
+    for wanted in map(Requirement, {*PROJECT["dependencies"], *extra("paper", "test")} - {"setuptools>=77"}):
+        assert wanted.specifier.contains(locked[canonicalize_name(wanted.name)]), wanted
+
+
+def test_the_version_is_the_same_everywhere():
+    version = PROJECT["version"]
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == version
+    assert re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.M)[1] == version
 
 
 def test_the_readme_names_commands_and_files_that_exist():
