@@ -82,14 +82,16 @@ def test_the_version_is_the_same_everywhere():
     assert re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.M)[1] == version
 
 
-def test_the_readme_names_commands_and_files_that_exist():
-    if not (ROOT / "README.md").is_file():
-        pytest.skip("README.md is not written yet")
-    readme, makefile = (ROOT / "README.md").read_text(), (ROOT / "Makefile").read_text()
-    for target in re.findall(r"(?:^|`)make ([\w-]+)", readme, re.M):
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
+def test_documents_name_commands_and_files_that_exist(name):
+    said, makefile = (ROOT / name).read_text(), (ROOT / "Makefile").read_text()
+    for target in re.findall(r"(?:^|`)make ([\w-]+)", said, re.M):
         assert re.search(rf"^{target}:", makefile, re.M), f"the Makefile has no target {target}"
-    for path in re.findall(r"\bnotebooks/\w+\.ipynb", readme):
-        assert (ROOT / path).is_file(), f"{path} does not exist"
+    folders = "analysis|benchmarks|figures|notebooks|papermill_runs|profiles|tests"
+    for path in re.findall(rf"`((?:{folders})/[\w.*/+-]+)`", said):
+        assert any(ROOT.glob(path)), f"{path} does not exist"
+    for path in re.findall(r"\]\(([^)#:]+)\)", said):
+        assert (ROOT / path).exists(), f"a link leads to {path}, which does not exist"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
