@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help paper test test-fast fuzz bench slurm-test setup lock clean
+.PHONY: help paper test test-fast fuzz bench gpu slurm-test setup lock clean
 
 help:  ## these lines
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/'
@@ -44,6 +44,9 @@ fuzz: .venv/ready  ## throw 100,000 broken inputs at every reader
 
 bench: .venv/ready  ## measure the engine: benchmarks/results.csv
 	$(BIN)/python benchmarks/run.py
+
+gpu: .venv/ready  ## measure the engine on a GPU, 7B sizes with random weights, in nine minutes: benchmarks/gpu.csv
+	$(BIN)/python benchmarks/gpu.py
 
 slurm-test: .venv/ready  ## prove profiles/slurm on the cluster's Slurm, or as root on one of this machine alone (Debian)
 	$(BIN)/python -m pip install --quiet --constraint requirements.lock --editable '.[slurm]'
