@@ -68,12 +68,14 @@ FRAMES: dict[str, Frame] = {
 class Dialect(NamedTuple):
     """How a model writes a box of fractions: format(box [4]) -> text; parse(text) -> box [4], None if invalid.
 
-    convention: when upstream counts it as correct, a name in `CONVENTIONS`.
+    convention: when upstream counts it as correct, a name in `CONVENTIONS`; strict: `parse` as the script does it whose
+    numbers were published, which takes boxes outside 0..1 and inverted ones as they are.
     """
 
     format: Callable[[ArrayLike], str]
     parse: Callable[[str], Boxes | None]
     convention: str
+    strict: Callable[[str], Boxes | None]
 
 
 # Possessive quantifiers: no backtracking, so any text takes linear time.
@@ -128,17 +130,65 @@ def parse_llava(text: str) -> Boxes | None:
 def parse_minigpt_v2(text: str) -> Boxes | None:
     """The first {<x1><y1><x2><y2>} of whole numbers of at most three digits in the text, as fractions, float64 [4].
 
-    Lenient about text around it and white space inside it. None, and linear time, as in `parse_llava`: upstream draws
-    invalid answers again, up to twenty times; here they count as misses.
+    Lenient about text around it and white space inside it. None, and linear time, as in `parse_llava`. Upstream, too,
+    counts an invalid answer as a miss, but with `--resample` it asks again first, up to twenty times.
     """
     found = _BRACES.search(text)
     return _ordered(np.array(found.groups(), dtype=np.float64) / 100) if found else None
 
 
+# Possessive, too, where upstream's patterns are not: what they match is the same.
+_LMMS_NUMBER = r"(-?\d++(?:\.\d++)?+)"
+_LMMS_LIST = re.compile(rf"\[\s*+{_LMMS_NUMBER},\s*+{_LMMS_NUMBER},\s*+{_LMMS_NUMBER},\s*+{_LMMS_NUMBER}\s*+\]")
+_SHIKRA_BOX = r"\d(?:\.\d*+)?+(?:,\d(?:\.\d*+)?+){3}"
+_SHIKRA_LIST = re.compile(rf"\[{_SHIKRA_BOX}(?:;{_SHIKRA_BOX})*+\]")
+_MINIGPT_BOX = re.compile(r"\{" + r"<\d{1,3}>" * 4 + r"\}")
+
+
+def strict_llava(text: str) -> Boxes | None:
+    """The first list of four numbers as lmms-eval (tasks/refcoco/utils_rec.py) reads it; None where there is none.
+
+    White space only after a bracket or comma and at the end; a digit on both sides of a point; a minus, but no plus.
+    """
+    found = _LMMS_LIST.search(text)
+    return np.array([float(number) for number in found.groups()]) if found else None
+
+
+def strict_shikra(text: str) -> Boxes | None:
+    """The box as Shikra's rec.py reads it: exactly one list in the text, of exactly one box, else None.
+
+    No white space and no sign in the list; each number has one digit before the point.
+    """
+    found = _SHIKRA_LIST.findall(text)
+    if len(found) != 1 or ";" in found[0]:
+        return None
+    return np.array([float(number) for number in found[0][1:-1].split(",")])
+
+
+def strict_minigpt_v2(text: str) -> Boxes | None:
+    """The box as MiniGPT-4's eval_ref.py reads it without `--resample`, else None.
+
+    "<unk>" and spaces are taken out; the box must stand at the start, and the whole answer hold no fifth whole number.
+    """
+    text = text.replace("<unk>", "").replace(" ", "").strip()
+    if not _MINIGPT_BOX.match(text):
+        return None
+    numbers = re.findall(r"\d+", text)
+    return np.array([int(number) / 100 for number in numbers]) if len(numbers) == 4 else None
+
+
 DIALECTS: dict[str, Dialect] = {
-    "llava": Dialect(format_llava, parse_llava, "ge"),
-    "shikra": Dialect(format_shikra, parse_llava, "gt"),  # differs in decimals and spaces only
-    "minigpt_v2": Dialect(format_minigpt_v2, parse_minigpt_v2, "plus_one"),
+    "llava": Dialect(format_llava, parse_llava, "ge", strict_llava),
+    # lenient parsing is LLaVA's: the two differ in decimals and spaces only
+    "shikra": Dialect(format_shikra, parse_llava, "gt", strict_shikra),
+    "minigpt_v2": Dialect(format_minigpt_v2, parse_minigpt_v2, "plus_one", strict_minigpt_v2),
+}
+
+# How an answer becomes a box: `Dialect.parse` finds one wherever the text has one, and so measures where a model
+# points; `Dialect.strict` is what published numbers were scored with.
+PARSINGS: dict[str, Callable[[Dialect], Callable[[str], Boxes | None]]] = {
+    "lenient": lambda dialect: dialect.parse,
+    "strict": lambda dialect: dialect.strict,
 }
 
 

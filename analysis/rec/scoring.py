@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import pandas as pd
 
-from analysis.rec.boxes import CONVENTIONS, DIALECTS, FRAMES, hit
+from analysis.rec.boxes import CONVENTIONS, DIALECTS, FRAMES, PARSINGS, hit
 from analysis.registry import pick
 from analysis.stats import rate_interval
 
@@ -55,11 +55,11 @@ def check_boxes(rows: pd.DataFrame) -> None:
         )
 
 
-def _parse(rows: pd.DataFrame) -> np.ndarray:
+def _parse(rows: pd.DataFrame, parsing: str) -> np.ndarray:
     """Fractions [n, 4] of the raw answers, NaN where invalid; each distinct text is parsed once."""
     fractions = np.full((len(rows), 4), np.nan)
     for name, here in _by_name(rows["dialect"]):
-        parse = pick(DIALECTS, name, "dialect").parse
+        parse = pick(PARSINGS, parsing, "parsing")(pick(DIALECTS, name, "dialect"))
         codes, texts = pd.factorize(rows["raw"][here])
         boxes = [parse(text) for text in texts]
         fractions[here] = np.array([np.full(4, np.nan) if box is None else box for box in boxes])[codes]
@@ -76,18 +76,22 @@ def score_words(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.assign(iou=np.nan, correct=said == rows["answer"].str.lower(), invalid=said == "")
 
 
-def score(rows: pd.DataFrame, frame: str | None = None, convention: str | None = None) -> pd.DataFrame:
+def score(
+    rows: pd.DataFrame, frame: str | None = None, convention: str | None = None, parsing: str = "lenient"
+) -> pd.DataFrame:
     """A copy of rows with px1, py1, px2, py2 (predicted pixels, NaN if invalid), iou, correct and invalid.
 
     frame: the frame the answers are read in, a name in `FRAMES`; None takes each row's own, which is right;
-    "original" reproduces lmms-eval. convention: a name in `CONVENTIONS`; None takes the one of each row's dialect. An
-    invalid answer has iou 0 and is a miss.
+    "original" reproduces lmms-eval. convention: a name in `CONVENTIONS`; None takes the one of each row's dialect.
+    parsing: "strict" reads an answer as the dialect's own script does, for comparison with published numbers; "lenient"
+    finds a box wherever the answer has one. An invalid answer has iou 0 and is a miss.
     Raises ValueError for missing columns or answers, unknown names and impossible ground truth.
     """
     _require(rows, ["raw", "dialect", *(["frame"] if frame is None else [])])
     check_boxes(rows)
     if convention is not None:
         pick(CONVENTIONS, convention, "IoU convention")
+    pick(PARSINGS, parsing, "parsing")
     unanswered = np.array([not isinstance(raw, str) for raw in rows["raw"]], dtype=bool)
     if unanswered.any():
         first = rows[unanswered].iloc[0]
@@ -96,7 +100,7 @@ def score(rows: pd.DataFrame, frame: str | None = None, convention: str | None =
             f"empty answer is '', not {first['raw']!r:.60}"
         )
     sizes, truth = rows[SIZE].to_numpy(np.float64), rows[TRUTH].to_numpy(np.float64)
-    fractions, pixels = _parse(rows), np.full((len(rows), 4), np.nan)
+    fractions, pixels = _parse(rows, parsing), np.full((len(rows), 4), np.nan)
     frames = rows["frame"] if frame is None else pd.Series(frame, index=rows.index)
     for name, here in _by_name(frames):
         pixels[here] = pick(FRAMES, name, "frame").decode(fractions[here], sizes[here])
