@@ -398,15 +398,22 @@ def test_a_refer_folder_is_found_and_no_file_lists_the_names(tmp_path, monkeypat
         datasets.annotations("refcocog", "test", tmp_path)
 
 
-def test_load_by_name_downloads_and_cuts_val(tmp_path, monkeypatch):
+@pytest.mark.parametrize("owner", ["lmms-lab-encoder", "lmms-lab"])
+def test_load_by_name_downloads_and_cuts_val(owner, tmp_path, monkeypatch):
     """Images come from the Parquet files' bytes, two shards of them, and only the standard split is left."""
-    hub = {"lmms-lab/RefCOCO": tmp_path / "a", "jxu124/refcoco": tmp_path / "b"}
+    hub = {f"{owner}/RefCOCO": tmp_path / "a", "jxu124/refcoco": tmp_path / "b"}
     for folder in hub.values():
         (folder / "data").mkdir(parents=True)
     lmms(tmp_path / "a/data", "val-00000-of-00002.parquet", OBJECTS[:1])
     lmms(tmp_path / "a/data", "val-00001-of-00002.parquet", [*OBJECTS[1:], OBJECTS[0], (60, TALL, [1, 2, 3, 4], ["x"])])
     jxu124(tmp_path / "b/data")
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: str(hub[name]))
+
+    def download(name, **_):
+        if name not in hub:
+            raise OSError(f"404: no {name}")
+        return str(hub[name])
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     monkeypatch.setitem(COUNTS, "refcoco", {"val": (5, 3, 2)})
     data = datasets.load("refcoco", "val")
     pd.testing.assert_frame_equal(data.rows.drop(columns="ref_id"), EXPECTED.drop(columns="object"))
@@ -421,7 +428,8 @@ def test_without_a_network_the_command_is_named(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     with pytest.raises(
         FileNotFoundError,
-        match=r"\(no route\).*hf download --repo-type dataset lmms-lab/RefCOCOplus "
+        match=r"lmms-lab-encoder/RefCOCOplus: no route; lmms-lab/RefCOCOplus: no route\).*"
+        r"hf download --repo-type dataset lmms-lab-encoder/RefCOCOplus "
         r"--include 'data/testA-\*.parquet'; or give annotations=.*images=",
     ):
         datasets.load("refcoco+", "testA")

@@ -147,9 +147,9 @@ class Model:
     def split(self, message: str, words: str) -> tuple[Tensor, Tensor]:
         """Token IDs [P], [S] of the whole prompt before and after the image.
 
-        message: such as `rec`; words: what stands for its "{}", read as plain text whatever it spells. As in all upstream
-        codes, each side of the image is tokenized by itself, so that a piece "▁" begins both in a Llama tokenizer of any
-        setting. Raises ValueError unless the message has one image.
+        message: such as `rec`; words: what stands for its "{}", read as plain text whatever it spells. As in all
+        upstream codes, each side of the image is tokenized by itself, so that both begin with a piece "▁" whatever the
+        settings of a Llama tokenizer. Raises ValueError unless the message has one image.
         """
         sides = self.chat.format(message).split(self.image)
         if len(sides) != 2:

@@ -9,7 +9,7 @@ pairs that training never shows. "refstamps-control" asks for colours, counts an
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -32,6 +32,7 @@ SPLITS = {
     **{name: tuple(splits) for name, splits in refcoco.COUNTS.items()},
 }
 HUB = {"refcoco": "RefCOCO", "refcoco+": "RefCOCOplus", "refcocog": "RefCOCOg"}  # names of lmms-lab's repositories
+OWNERS = ("lmms-lab-encoder", "lmms-lab")  # where they lie since 2026, and where they lay before
 
 
 @dataclass(frozen=True)
@@ -139,20 +140,25 @@ def annotations(dataset: str, split: str, path: str | Path, images: str | Path |
     return _counted(rows, dataset, split)
 
 
-def _downloaded(repository: str, pattern: str) -> list[Path]:
-    """The files of a data set on the Hugging Face hub, from the local cache where they are there."""
+def _downloaded(repositories: Sequence[str], pattern: str) -> list[Path]:
+    """The files of a data set on the Hugging Face hub, from the local cache where they are there.
+
+    repositories: addresses of the same files, in the order in which they are tried.
+    """
     from huggingface_hub import snapshot_download  # slow to import, and seldom needed
 
-    try:
-        folder = snapshot_download(repository, repo_type="dataset", allow_patterns=pattern)
-        if files := sorted(Path(folder).glob(pattern)):
-            return files
-        reason = f"it has no {pattern}"
-    except OSError as error:  # no network, no such repository, no room
-        reason = str(error).splitlines()[0]
+    reasons = []
+    for repository in repositories:
+        try:
+            folder = snapshot_download(repository, repo_type="dataset", allow_patterns=pattern)
+            if files := sorted(Path(folder).glob(pattern)):
+                return files
+            reasons.append(f"{repository}: it has no {pattern}")
+        except OSError as error:  # no network, no such repository, no room
+            reasons.append(f"{repository}: {[*str(error).splitlines(), type(error).__name__][0]}")
     raise FileNotFoundError(
-        f"{repository} could not be downloaded ({reason}). With a network, run: hf download --repo-type dataset "
-        f"{repository} --include '{pattern}'; or give annotations=<file or folder> and images=<COCO train2014>"
+        f"no download ({'; '.join(reasons)}). With a network, run: hf download --repo-type dataset {repositories[0]} "
+        f"--include '{pattern}'; or give annotations=<file or folder> and images=<COCO train2014>"
     )
 
 
@@ -164,10 +170,10 @@ def _refcoco(
     images: str | Path | None,
 ) -> RecDataset:
     if path is None:
-        files = _downloaded(f"lmms-lab/{HUB[dataset]}", f"data/{split}-*.parquet")
+        files = _downloaded([f"{owner}/{HUB[dataset]}" for owner in OWNERS], f"data/{split}-*.parquet")
         rows = refcoco.read(files, split)
         if split == "val" and dataset != "refcoco+":  # there, val holds 5000 objects of the Google split as well
-            standard = _downloaded(f"jxu124/{HUB[dataset].lower()}", "data/validation-*.parquet")
+            standard = _downloaded([f"jxu124/{HUB[dataset].lower()}"], "data/validation-*.parquet")
             rows = refcoco.unc_val(rows, refcoco.read(standard, split))
         rows = _counted(rows, dataset, split)
     else:
