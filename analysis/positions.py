@@ -273,8 +273,3 @@ def sequence_positions(prefix: int, ids: Ids, suffix: int) -> Tensor:
 def generated_position(prefix: int, ids: Ids, suffix: int) -> int:
     """Position ID of the first token generated after `sequence_positions` of the same arguments."""
     return prefix + ids.generated_start + suffix
-
-
-def layout(prefix: int, visual: Tensor, text: int, suffix: int) -> Tensor:
-    """`sequence_positions` of a visual [K] and a text_start, for `training.instruct`."""
-    return sequence_positions(prefix, Ids(visual, text, text), suffix)

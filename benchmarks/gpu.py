@@ -77,7 +77,7 @@ from transformers import (
 )
 
 from analysis import models
-from analysis.engine.cost import measure, ratio, sequences
+from analysis.engine.cost import cost_rows, ratio, whole_prompts
 from analysis.engine.decode import prefill
 from analysis.engine.evaluate import cells, evaluate, image_seed
 from analysis.models import clip
@@ -398,7 +398,7 @@ def by_generate(model: models.Model, whole: LlamaForCausalLM, data: Any, rows: p
     visual = encoded.take(index, **model.texts(list(rows["expression"])))
     chosen = select(pruner(cell.pruner), visual, cell.keep, [image_seed(cell.seed, i) for i in rows["image_id"]])
     prompts = [model.ask(expression) for expression in rows["expression"]]
-    embeds, places = sequences(model, chosen, visual.unpruned, prompts, cell)
+    embeds, places, _ = zip(*whole_prompts(model, chosen, visual.unpruned, prompts, cell))
     seen = [torch.ones_like(ids) for ids in places]
     states, ids, mask = (pad_sequence(list(x), batch_first=True, padding_side="left") for x in (embeds, places, seen))
     made = whole.generate(inputs_embeds=states, position_ids=ids, attention_mask=mask)
@@ -476,7 +476,7 @@ class Bench:
         run_engine(model, scenes(model, size, 1, False), [FULL, GAP], 8)  # warms up
         found = []
         for turns in (2, size["turns"]) if size["turns"] > 2 else (2,):  # a few at once, in case the time is cut short
-            found = measure(model, data, [FULL, COMPACT, GAP], size["batch"], turns, progress=False)
+            found = cost_rows(model, data, [FULL, COMPACT, GAP], size["batch"], turns, progress=False)
             self._ratios(model, found, prefix)
 
     def _ratios(self, model: models.Model, found: pd.DataFrame, prefix: str) -> None:
@@ -708,9 +708,10 @@ class Bench:
         visual = visual.take(torch.tensor([0], device=model.device))
         chosen = select(pruner(GAP.pruner), visual, GAP.keep, [0])
         prompts = [model.ask(row["expression"].iloc[0])]
-        embeds, places = sequences(model, chosen, visual.unpruned, prompts, GAP)
-        right = prefill(model.decoder, model.head, embeds, places)[0].float()
-        wrong = prefill(model.decoder, model.head, embeds, [torch.arange(len(p), device=p.device) for p in places])[0]
+        (one,) = whole_prompts(model, chosen, visual.unpruned, prompts, GAP)
+        right = prefill(model, [one])[0].float()
+        compact = torch.arange(len(one.embeds), device=model.device)
+        wrong = prefill(model, [one._replace(position_ids=compact)])[0]
         apart = (wrong.float() - right).norm() / right.norm()
         self.report.add(
             "flash_compact", float(apart), "relative distance of logits", "GAP's from compact IDs', for scale"
@@ -727,18 +728,20 @@ class Bench:
 
         def with_mask() -> Tensor:
             with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-                return prefill(model.decoder, model.head, embeds, places)[0]
+                return prefill(model, [one])[0]
 
         def without_mask(cached: bool) -> Tensor:
             with library_attention(model), sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-                states = model.decoder(inputs_embeds=embeds[0][None], position_ids=places[0][None], use_cache=cached)
+                states = model.decoder(
+                    inputs_embeds=one.embeds[None], position_ids=one.position_ids[None], use_cache=cached
+                )
             return model.head(states.last_hidden_state[:, -1])
 
         def flash_attention_2() -> Tensor:
             config = model.decoder.config
             usual, config._attn_implementation = config._attn_implementation, "flash_attention_2"
             try:
-                return prefill(model.decoder, model.head, embeds, places)[0]
+                return prefill(model, [one])[0]
             finally:
                 config._attn_implementation = usual
 

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from transformers import LlamaForCausalLM
 
 from analysis import models
-from analysis.engine.cost import clock, measure, ratio, sequences
+from analysis.engine.cost import clock, cost_rows, ratio, whole_prompts
 from analysis.engine.evaluate import cells, evaluate, image_seed
 from analysis.pruning import pruner, select
 from analysis.rec import datasets
@@ -64,11 +64,11 @@ def plain_loop(model: models.Model, data: datasets.RecDataset, grid: list) -> li
                     torch.tensor([0]), **model.texts([row.expression])
                 )
                 chosen = select(pruner(cell.pruner), visual, cell.keep, [seed])
-                (embeds,), (places,) = sequences(model, chosen, visual.unpruned, [model.prompt(row.expression)], cell)
+                (inputs,) = whole_prompts(model, chosen, visual.unpruned, [model.prompt(row.expression)], cell)
                 made = whole.generate(
-                    inputs_embeds=embeds[None],
-                    position_ids=places[None],
-                    attention_mask=torch.ones(1, len(embeds), dtype=torch.long, device=embeds.device),
+                    inputs_embeds=inputs.embeds[None],
+                    position_ids=inputs.position_ids[None],
+                    attention_mask=torch.ones(1, len(inputs.embeds), dtype=torch.long, device=model.device),
                     max_new_tokens=model.max_new_tokens,
                     do_sample=False,
                     eos_token_id=model.eos,
@@ -117,7 +117,7 @@ def bench(model: models.Model, images: int, turns: int, batch: int) -> pd.DataFr
     add("engine_same", "share of equal answers", value=float(min(same)))
 
     full, compact, gap = prefills = [*cells("none"), *cells("random", 0.25, ids=["compact", "original"])]
-    measured = measure(model, data, prefills, min(images, 16), turns, progress=False)
+    measured = cost_rows(model, data, prefills, min(images, 16), turns, progress=False)
 
     def compared(cell: Cell, other: Cell, column: str) -> dict[str, float]:
         found = ratio(measured, cell, other, column)
@@ -156,7 +156,7 @@ def bench(model: models.Model, images: int, turns: int, batch: int) -> pd.DataFr
             counts, [evaluated(steps[1], cells("spatial", 0.25, ids="original", seeds=[*range(n)])) for n in counts]
         ),
     )
-    by_keep = measure(
+    by_keep = cost_rows(
         model, data, cells("random", [0.1, 0.25, 0.5, 1.0], ids="original"), min(images, 16), 5, progress=False
     )
     text = sum(map(len, model.prompt(data.rows["expression"][0])))
@@ -168,7 +168,7 @@ def bench(model: models.Model, images: int, turns: int, batch: int) -> pd.DataFr
     )
     sizes = [n for n in (2, 4, 8, 16) if n <= images]
     fastest = [
-        measure(model, data, cells("random", 0.5, ids="original"), n, 5, progress=False)["prefill_s"].min()
+        cost_rows(model, data, cells("random", 0.5, ids="original"), n, 5, progress=False)["prefill_s"].min()
         for n in sizes
     ]
     add("slope_batch", f"of log prefill time against log batch, {sizes}", value=slope(sizes, fastest))

@@ -812,7 +812,7 @@ def pruners(data: bytes, _: Path) -> None:
 
 def positions(data: bytes, _: Path) -> None:
     name, _, spec = text(data).partition(" ")
-    evaluate.check([evaluate.Cell(**{name if name in ("order", "ids") else "ids": spec})])
+    evaluate.check_cells([evaluate.Cell(**{name if name in ("order", "ids") else "ids": spec})])
 
 
 def shards(data: bytes, _: Path) -> None:

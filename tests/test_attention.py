@@ -11,11 +11,10 @@ from hypothesis import strategies as some
 from scipy.stats import spearmanr
 from transformers import LlavaForConditionalGeneration
 
-from analysis.engine import attention
-from analysis.engine import shared_prefix as cascade
+from analysis.engine import attention, shared_prefix
 from analysis.engine.attention import (
     SCORES,
-    Batch,
+    AskedImages,
     Look,
     Ratio,
     agreement,
@@ -25,7 +24,7 @@ from analysis.engine.attention import (
     sinks,
     soft_weights,
 )
-from analysis.engine.decode import greedy, prefill
+from analysis.engine.decode import Inputs, greedy, prefill
 from analysis.engine.evaluate import cells, evaluate
 from analysis.positions import assign, sequence_positions
 from analysis.pruning import pruner, select
@@ -46,7 +45,7 @@ def pictures():
 def batch(tiny, pictures):
     features = tiny.encode(pictures).features
     features = features / features.std()  # else the random tokens are so large that attention between them is lost
-    return Batch(features, raster_ids(features.shape[1]), IMAGE, [tiny.prompt(words) for words in WORDS])
+    return AskedImages(features, raster_ids(features.shape[1]), IMAGE, [tiny.prompt(words) for words in WORDS])
 
 
 def alone(model, batch):
@@ -54,15 +53,7 @@ def alone(model, batch):
     found = []
     for image, (before, after) in zip(batch.image, batch.prompts):
         embeds = torch.cat([model.embed(before), batch.features[image], model.embed(after)])
-        found += greedy(
-            model.decoder,
-            model.head,
-            [embeds],
-            [torch.arange(len(embeds))],
-            embed=model.embed,
-            max_new_tokens=model.max_new_tokens,
-            eos=model.eos,
-        )
+        found += greedy(model, [Inputs(embeds, torch.arange(len(embeds)))])
     return found
 
 
@@ -84,7 +75,7 @@ def test_alpha_is_the_attention_of_transformers_own_model(tiny, tiny_folder, bat
         chose = logits[0, start + len(after) - 1 : -1].argmax(dim=-1)
         assert chose.tolist() == answer  # `steps` are the queries that chose the answer's tokens
         torch.testing.assert_close(one.steps, seen[start + len(after) - 1 : -1, len(before) : start], atol=1e-5, rtol=0)
-    assert cascade.LONG == 64
+    assert shared_prefix.LONG == 64
 
 
 def test_beta_1_is_the_unpruned_model(tiny, batch):
@@ -96,23 +87,13 @@ def test_beta_1_is_the_unpruned_model(tiny, batch):
 
 def logits(model, batch, beta):
     """After the question, under soft selection."""
-    return prefill(
-        model.decoder,
-        model.head,
-        [model.embed(after) for _, after in batch.prompts],
-        batch.positions()[1],
-        context=batch.begun(model, beta.log()),
-    )[0]
+    inputs = batch.inputs(model)
+    return prefill(model, [one.after for one in inputs], context=batch.context(model, inputs, beta.log()))[0]
 
 
 def test_beta_1_gives_the_same_logits_bit_for_bit(tiny, batch):
-    plain = prefill(
-        tiny.decoder,
-        tiny.head,
-        [tiny.embed(after) for _, after in batch.prompts],
-        batch.positions()[1],
-        context=batch.begun(tiny),
-    )[0]
+    inputs = batch.inputs(tiny)
+    plain = prefill(tiny, [one.after for one in inputs], context=batch.context(tiny, inputs))[0]
     # the same beginnings: with a bias they are shared by image, prefix and bias, here all ones
     assert torch.equal(plain, logits(tiny, batch, torch.ones(len(WORDS), batch.features.shape[1])))
 
@@ -126,10 +107,8 @@ def test_beta_0_is_hard_pruning_with_original_ids(tiny, batch):
         origin = row.nonzero()[:, 0]
         ids = sequence_positions(len(before), assign(origin, raster_ids(n), "original", 0), len(after))
         embeds = torch.cat([tiny.embed(before), batch.features[image][origin], tiny.embed(after)])
-        hard.append(prefill(tiny.decoder, tiny.head, [embeds], [ids])[0][0])
-        said += greedy(
-            tiny.decoder, tiny.head, [embeds], [ids], embed=tiny.embed, max_new_tokens=tiny.max_new_tokens, eos=tiny.eos
-        )
+        hard.append(prefill(tiny, [Inputs(embeds, ids)])[0][0])
+        said += greedy(tiny, [Inputs(embeds, ids)])
     torch.testing.assert_close(logits(tiny, batch, stay.float()), torch.stack(hard), atol=1e-4, rtol=0)
     assert answers(tiny, batch, stay.float()) == said != answers(tiny, batch)
 
@@ -144,7 +123,7 @@ def test_the_bias_follows_when_answers_end(tiny, batch):
     together = answers(model, batch, beta)
     assert len({len(answer) for answer in together}) > 1
     for row in range(len(WORDS)):
-        one = Batch(batch.features, batch.unpruned, [batch.image[row]], [batch.prompts[row]])
+        one = AskedImages(batch.features, batch.unpruned, [batch.image[row]], [batch.prompts[row]])
         assert answers(model, one, beta[row : row + 1]) == together[row : row + 1]
 
 
@@ -154,15 +133,11 @@ def test_modulation_is_alpha_beta_over_their_sum(tiny, batch):
     beta = soft_weights(torch.rand(len(WORDS), n, generator=torch.Generator().manual_seed(2)), 0.25)
     seen = []
     for weights in (torch.ones_like(beta), beta):
-        context = batch.begun(tiny, weights.log())
+        inputs = batch.inputs(tiny)
+        context = batch.context(tiny, inputs, weights.log())
         hook = tiny.decoder.layers[0].self_attn.register_forward_hook(lambda module, args, out: seen.append(out[1]))
-        prefill(
-            tiny.decoder,
-            tiny.head,
-            [tiny.embed(after)[:1] for _, after in batch.prompts],
-            [ids[:1] for ids in batch.positions()[1]],
-            context=context,
-        )
+        first = [Inputs(one.after.embeds[:1], one.after.position_ids[:1]) for one in inputs]
+        prefill(tiny, first, context=context)
         hook.remove()
     alpha, modulated = seen
     end = alpha.shape[-1] - 1  # the one query's own key comes last
@@ -289,7 +264,7 @@ def test_rows(tiny, tmp_path):
     )
     data = RecDataset("noise", "val", rows, lambda name: noise(32, 24, int(name[1])))
     methods = ["random", "divprune"]
-    looked, soft = attention.measure(tiny, data, methods, [0.25, 1.0], ["random"], chunk=2, progress=False)
+    looked, soft = attention.attention_rows(tiny, data, methods, [0.25, 1.0], ["random"], chunk=2, progress=False)
     grid = [*cells("none", ids="original"), *cells(methods, 0.25, "raster", "original")]
     hard = evaluate(tiny, data, grid, tmp_path / "rows.parquet", progress=False)
     assert set(hard.columns) == set(soft.columns) and len(looked) == 4 * len(rows) and len(soft) == 2 * len(rows)
@@ -308,10 +283,10 @@ def test_tiles_are_refused():
 def test_a_method_without_a_score_cannot_select_softly(tiny):
     data = RecDataset("noise", "val", pd.DataFrame(dict(image_id=["i0"])), None)
     with pytest.raises(ValueError, match="unknown score 'divprune'"):
-        attention.measure(tiny, data, [], [0.5], ["divprune"], progress=False)
+        attention.attention_rows(tiny, data, [], [0.5], ["divprune"], progress=False)
 
 
 def test_the_decoder_is_itself_again_after_an_error(tiny):
     with pytest.raises(RuntimeError), attention.captured(tiny.decoder):
         raise RuntimeError
-    assert cascade.LONG == 64 and not tiny.decoder.layers[0].self_attn._forward_hooks
+    assert shared_prefix.LONG == 64 and not tiny.decoder.layers[0].self_attn._forward_hooks

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from analysis import models
-from analysis.engine.decode import prefill
+from analysis.engine.decode import Inputs, prefill
 from analysis.models import convert
 from tests.support.checkpoint import noise, saved
 from tests.support.families import build
@@ -127,7 +127,7 @@ def minigpt_v2(tmp_path, monkeypatch):
 def first_logits(model):
     before, after = map(model.embed, model.prompt("the red cat"))
     embeds = [torch.cat([before, image, after]) for image in model.encode([noise(40, 30), noise(31, 44, 1)]).features]
-    return prefill(model.decoder, model.head, embeds, [torch.arange(len(one)) for one in embeds])[0]
+    return prefill(model, [Inputs(one, torch.arange(len(one))) for one in embeds])[0]
 
 
 @pytest.mark.parametrize("family", ["shikra", "minigpt_v2"])

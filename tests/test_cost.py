@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from analysis.engine.cost import DECODERS, TEXT, decoder_flops, measure, peak_bytes, ratio
+from analysis.engine.cost import DECODERS, TEXT, cost_rows, decoder_flops, peak_bytes, ratio
 from analysis.engine.evaluate import cells
 from analysis.rec.datasets import RecDataset, refstamps
 
@@ -11,7 +11,7 @@ from analysis.rec.datasets import RecDataset, refstamps
 @pytest.fixture(scope="module")
 def rows(tiny):
     grid = [*cells("none"), *cells(["random", "prumerge"], 0.25, ids=["compact", "original"])]
-    return grid, measure(tiny, refstamps("refstamps", "val", 2), grid, batch=2, turns=3, progress=False)
+    return grid, cost_rows(tiny, refstamps("refstamps", "val", 2), grid, batch=2, turns=3, progress=False)
 
 
 @pytest.mark.parametrize("name", DECODERS)
@@ -49,7 +49,7 @@ def test_peak_memory_by_hand(tiny):
 def test_too_little_to_measure(tiny):
     data = refstamps("refstamps", "val", 2)
     with pytest.raises(ValueError, match="at least two images and two turns are needed, got 2 and 1"):
-        measure(tiny, data, cells("none"), turns=1)
+        cost_rows(tiny, data, cells("none"), turns=1)
     one = RecDataset("refstamps", "val", data.rows[data.rows["image_id"] == data.rows["image_id"].iloc[0]], data.image)
     with pytest.raises(ValueError, match="got 1 and 20"):
-        measure(tiny, one, cells("none"))
+        cost_rows(tiny, one, cells("none"))

@@ -7,8 +7,20 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from analysis.engine import shared_prefix as cascade
-from analysis.engine.decode import begin, causal_mask, greedy, hidden_states, prefill, usual
+from analysis.engine import shared_prefix
+from analysis.engine.decode import (
+    Inputs,
+    LanguageModel,
+    causal_mask,
+    draft_from,
+    greedy,
+    grouped,
+    hidden_states,
+    prefill,
+    prefill_shared,
+    prompt_inputs,
+    shared_context,
+)
 from analysis.positions import assign, sequence_positions
 from analysis.types import raster_ids
 
@@ -71,12 +83,19 @@ def naive(embeds, ids, new=NEW, stop=NEVER):
     return answer
 
 
-def decode(embeds, ids, padding="left", new=NEW, eos=NEVER, attention="sdpa", draft=()):
-    model = llama(attention)
-    embed = model.model.embed_tokens
-    return greedy(
-        model.model, model.lm_head, embeds, ids, embed=embed, max_new_tokens=new, eos=eos, padding=padding, draft=draft
+def parts(model, new=NEW, eos=NEVER):
+    """A Llama as the engine takes it."""
+    return LanguageModel(
+        decoder=model.model, head=model.lm_head, embed=model.model.embed_tokens, eos=eos, max_new_tokens=new
     )
+
+
+def zipped(embeds, ids):
+    return [Inputs(e, i) for e, i in zip(embeds, ids, strict=True)]
+
+
+def decode(embeds, ids, padding="left", new=NEW, eos=NEVER, attention="sdpa", draft=()):
+    return greedy(parts(llama(attention), new, eos), zipped(embeds, ids), draft=draft, padding=padding)
 
 
 @cache
@@ -90,7 +109,7 @@ def test_the_model_is_sensitive_enough_to_test_with():
     assert len({str(expected(scheme)) for scheme in SCHEMES}) == len(SCHEMES)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager", "cascade"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager", shared_prefix.NAME])
 @pytest.mark.parametrize("padding", PADDINGS)
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_greedy_equals_the_naive_loop(scheme, padding, attention):
@@ -103,30 +122,20 @@ def test_greedy_equals_the_naive_loop(scheme, padding, attention):
 @pytest.mark.parametrize("padding", PADDINGS)
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("long", [1, 1000])  # with the shared keys copied for the fused kernel, and never
-def test_sequences_that_share_their_beginning(scheme, padding, long, monkeypatch):
-    """Each beginning is run once, whatever its length; two questions after each, of one and of three tokens."""
+def test_sequences_that_share_a_prefix(scheme, padding, long, monkeypatch):
+    """Each prefix is run once, whatever its length; two questions after each, of one and of three tokens."""
     embeds, ids = batch(scheme)
-    monkeypatch.setattr(cascade, "LONG", long)
-    model, draw = llama("cascade"), torch.Generator().manual_seed(2)
+    monkeypatch.setattr(shared_prefix, "LONG", long)
+    model, draw = llama(shared_prefix.NAME), torch.Generator().manual_seed(2)
     ends = [torch.randn(length, WIDTH, generator=draw) for length in (3, 1, 3, 1, 1, 3)]
     owner = [0, 0, 2, 1, 2, 1]
     end_ids = [ids[i][-1] + 1 + torch.arange(len(e)) for i, e in zip(owner, ends)]
-    sizes, embed = [], model.model.embed_tokens
+    sizes = []
     hook = model.model.register_forward_pre_hook(
         lambda module, args, inputs: sizes.append(len(inputs["inputs_embeds"])), with_kwargs=True
     )
-    context = begin(model.model, embeds, ids, owner)
-    answers = greedy(
-        model.model,
-        model.lm_head,
-        ends,
-        end_ids,
-        embed=embed,
-        max_new_tokens=4,
-        eos=NEVER,
-        context=context,
-        padding=padding,
-    )
+    context = prefill_shared(model.model, zipped(embeds, ids), owner)
+    answers = greedy(parts(model, 4), zipped(ends, end_ids), context, padding=padding)
     hook.remove()
     assert sizes == [3, 6, 6, 6, 6]
     assert answers == [
@@ -138,10 +147,10 @@ def test_sequences_that_share_their_beginning(scheme, padding, long, monkeypatch
 @pytest.mark.parametrize("padding", PADDINGS)
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("long", [1, 3, 1000])
-def test_beginnings_that_share_their_own_beginning(scheme, padding, long, monkeypatch):
+def test_prefixes_that_share_their_own_prefix(scheme, padding, long, monkeypatch):
     embeds, ids = batch(scheme)
-    monkeypatch.setattr(cascade, "LONG", long)
-    model, draw = llama("cascade"), torch.Generator().manual_seed(3)
+    monkeypatch.setattr(shared_prefix, "LONG", long)
+    model, draw = llama(shared_prefix.NAME), torch.Generator().manual_seed(3)
     words = [torch.randn(length, WIDTH, generator=draw) for length in (2, 4)]
     ends, owner, whose = [torch.randn(2, WIDTH, generator=draw) for _ in range(4)], [2, 0, 1, 0], [0, 1, 1]
     word_ids = [torch.arange(len(w)) for w in words]
@@ -152,22 +161,13 @@ def test_beginnings_that_share_their_own_beginning(scheme, padding, long, monkey
         for i, e, j in zip(owner, ends, end_ids)
     ]
     for eos in (NEVER, full[1][2]):  # some leave the batch, and what they shared stays in order
-        context = begin(model.model, embeds, ids, owner, context=begin(model.model, words, word_ids, whose))
-        answers = greedy(
-            model.model,
-            model.lm_head,
-            ends,
-            end_ids,
-            embed=model.model.embed_tokens,
-            max_new_tokens=6,
-            eos=eos,
-            context=context,
-            padding=padding,
-            draft=[*full[0][:2], -1, *full[0][3:]],
-        )
+        said = prefill_shared(model.model, zipped(words, word_ids), whose)
+        context = prefill_shared(model.model, zipped(embeds, ids), owner, said)
+        draft = [*full[0][:2], -1, *full[0][3:]]
+        answers = greedy(parts(model, 6, eos), zipped(ends, end_ids), context, draft, padding)
         assert answers == [answer[: answer.index(eos)] if eos in answer else answer for answer in full]
-    with pytest.raises(ValueError, match="shared beginnings need a decoder with attn_implementation 'cascade'"):
-        hidden_states(llama("sdpa").model, ends, end_ids, context=context)
+    with pytest.raises(ValueError, match="shared prefixes need a decoder with attn_implementation 'shared_prefix'"):
+        hidden_states(llama("sdpa").model, zipped(ends, end_ids), context=context)
 
 
 @pytest.mark.parametrize("padding", PADDINGS)
@@ -195,11 +195,11 @@ def test_a_draft_right_or_wrong_changes_no_answer_and_saves_forwards(scheme, pad
     hook.remove()
 
 
-def test_usual_is_what_nine_in_ten_say():
+def test_a_draft_is_what_nine_in_ten_say():
     answers = [[5, 1, 7, 8]] * 18 + [[5, 2, 7], [5, 3, 9]]
-    assert usual(answers) == [5, 1, 7, 8]
-    assert usual(answers + [[6], [6, 1]]) == [5, -1, -1, -1]
-    assert usual([]) == [] and usual([[]]) == []
+    assert draft_from(answers) == [5, 1, 7, 8]
+    assert draft_from(answers + [[6], [6, 1]]) == [5, -1, -1, -1]
+    assert draft_from([]) == [] and draft_from([[]]) == []
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -245,7 +245,7 @@ def test_packed_sequence_trap():
         right = model(inputs_embeds=embeds, position_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
         trapped = model(inputs_embeds=embeds, position_ids=ids, attention_mask=None, use_cache=False).last_hidden_state
     assert not torch.allclose(right, trapped, atol=1e-2)
-    assert torch.equal(hidden_states(model, embeds, ids)[0], right)
+    assert torch.equal(hidden_states(model, zipped(embeds, ids))[0], right)
 
 
 def test_identity_bit_for_bit():
@@ -255,8 +255,8 @@ def test_identity_bit_for_bit():
     model = llama("sdpa")
     with torch.inference_mode():
         plain = model(inputs_embeds=embeds, attention_mask=lower_triangle(36)).logits
-    assert torch.equal(model.lm_head(hidden_states(model.model, embeds, ids)[0]), plain)
-    last = prefill(model.model, model.lm_head, embeds, ids)[0]
+    assert torch.equal(model.lm_head(hidden_states(model.model, zipped(embeds, ids))[0]), plain)
+    last = prefill(parts(model), zipped(embeds, ids))[0]
     torch.testing.assert_close(last, plain[:, -1])
 
 
@@ -264,7 +264,7 @@ def test_identity_bit_for_bit():
 def test_prefill_logits_are_those_after_the_last_token(padding):
     embeds, ids = batch("original")
     model = llama("sdpa")
-    logits, filled, valid = prefill(model.model, model.lm_head, embeds, ids, padding)
+    logits, filled, valid = prefill(parts(model), zipped(embeds, ids), padding)
     with torch.inference_mode():
         for row, (e, i) in enumerate(zip(embeds, ids)):
             alone = model(inputs_embeds=e[None], position_ids=i[None], attention_mask=lower_triangle(len(i)))
@@ -292,9 +292,8 @@ def test_padding_gives_no_nan(padding, dtype):
     embeds, ids = batch("original")
     model = LlamaForCausalLM(llama("sdpa").config).to(dtype).eval()
     embeds = [e.to(dtype) for e in embeds]
-    assert hidden_states(model.model, embeds, ids, padding)[0].isfinite().all()
-    embed = model.model.embed_tokens
-    answers = greedy(model.model, model.lm_head, embeds, ids, embed=embed, max_new_tokens=3, eos=NEVER, padding=padding)
+    assert hidden_states(model.model, zipped(embeds, ids), padding)[0].isfinite().all()
+    answers = greedy(parts(model, 3), zipped(embeds, ids), padding=padding)
     assert all(len(answer) == 3 for answer in answers)
 
 
@@ -329,9 +328,34 @@ def test_generated_tokens_go_on_where_they_are_told():
             e = torch.cat([e, model.model.embed_tokens.weight[answer[-1]][None]]).detach()
             i = torch.cat([i, torch.tensor([start + step])])
         expected_here.append(answer)
-    embed = model.model.embed_tokens
-    given = dict(embed=embed, max_new_tokens=NEW, eos=NEVER)
-    assert greedy(model.model, model.lm_head, embeds, ids, next_ids=starts, **given) == expected_here
+    told = [one._replace(next_id=start) for one, start in zip(zipped(embeds, ids), starts)]
+    assert greedy(parts(model), told) == expected_here
     assert expected_here != expected("original")
-    own = [int(i[-1]) + 1 for i in ids]
-    assert greedy(model.model, model.lm_head, embeds, ids, next_ids=own, **given) == expected("original")
+    own = [one._replace(next_id=int(one.position_ids[-1]) + 1) for one in told]
+    assert greedy(parts(model), own) == expected("original")
+
+
+def test_prompts_share_words_and_images_and_answer_as_alone():
+    """Five prompts: two beginnings, three sets of visual tokens, one of them under both beginnings."""
+    model, draw = llama(shared_prefix.NAME), torch.Generator().manual_seed(4)
+    words = [torch.randint(VOCABULARY, (length,), generator=draw) for length in (3, 5)]
+    ids = [assign(torch.arange(k) * 2, raster_ids(30), spec, 0) for k, spec in ((4, "original+cache"), (7, "compact"))]
+    images = [torch.randn(len(one.visual), WIDTH, generator=draw) for one in ids]
+    which = [(0, 0), (1, 0), (0, 1), (0, 0), (1, 0)]  # words, image
+    ends = [torch.randint(VOCABULARY, (length,), generator=draw) for length in (2, 1, 3, 4, 2)]
+    with torch.no_grad():
+        embed = model.model.embed_tokens
+        prompts = [prompt_inputs(embed, (words[w], e), images[i], ids[i]) for (w, i), e in zip(which, ends)]
+    single = [greedy(parts(model), [one.whole])[0] for one in prompts]
+    context = shared_context(model.model, prompts, *zip(*which))
+    assert [len(one.mask) for one in context] == [2, 3]
+    assert greedy(parts(model), [one.after for one in prompts], context) == single
+    assert len({str(answer) for answer in single}) == 5
+    for (w, i), end, one in zip(which, ends, prompts):
+        assert one.whole.position_ids.equal(sequence_positions(len(words[w]), ids[i], len(end)))
+        assert one.whole.embeds.equal(torch.cat([embed(words[w]), images[i], embed(end)]))
+        assert one.whole.next_id == len(words[w]) + (4 if i == 0 else 7) + len(end)
+
+
+def test_rows_with_equal_keys_form_a_group():
+    assert grouped("abcab") == ([0, 1, 2], [0, 1, 2, 0, 1]) and grouped([]) == ([], [])

@@ -6,9 +6,11 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+import torch
 
 from analysis import models, results
 from analysis.engine import evaluate as evaluation
@@ -221,9 +223,16 @@ def test_methods_that_read_the_expression_select_for_each(tiny, tmp_path):
     assert adaptive.groupby("image_id")["tokens"].nunique().max() == 1 and adaptive["tokens"].max() <= 16
     data = Noise(images=1)
     visual = tiny.encode([data.image(0)])
-    chosen = evaluation._select(tiny, visual, [0], data.rows, Cell("text_similarity", 0.5), True, 2)
-    made = {row: selection.origin.tolist() for row, selection in chosen.items()}
-    assert list(made) == [0, 1, 2] and len({str(origin) for origin in made.values()}) == 3
+    cell = Cell("text_similarity", 0.5)
+    for anew, groups in ((True, [0, 1, 2]), (False, [0, 0, 0])):
+        how = SimpleNamespace(model=tiny, by_text={("text_similarity", 0.5): anew}, state=evaluation.RunState(2, 1))
+        if not anew:
+            visual = visual.take(torch.tensor([0]), **tiny.texts(["cat"]))
+        chosen = evaluation._choose(how, [([0], visual)], data.rows, cell)
+        assert chosen.of_row == dict(zip(data.rows.index, groups)) and set(chosen.image_ids) == {0}
+        assert (
+            len({str(one.origin.tolist()) for one in chosen.selections}) == len(chosen.selections) == len(set(groups))
+        )
 
 
 def test_a_model_without_its_clip_says_how_to_get_it(tiny, tmp_path):

@@ -1,5 +1,6 @@
 """The Shikra and MiniGPT-v2 adapters against plain forward passes written from the papers' protocols; EVA from CLIP."""
 
+from dataclasses import replace
 from itertools import takewhile
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ from transformers import Blip2VisionConfig, Blip2VisionModel, LlamaForCausalLM
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from analysis import models
-from analysis.engine.decode import greedy, prefill
+from analysis.engine.decode import Inputs, greedy, prefill
 from analysis.engine.evaluate import needs_text
 from analysis.models.stem import StemClip, clip_config, eva_from_clip, install_stem
 from analysis.pruning import PRUNERS, budget, pruner
@@ -112,8 +113,8 @@ def test_unpruned_equals_the_plain_forward(case):
         before, after = map(model.embed, model.prompt(expression))
         embeds.append(torch.cat([before, image, after]))
     ids = [torch.arange(len(one)) for one in embeds]
-    logits = prefill(model.decoder, model.head, embeds, ids)[0]
-    answers = greedy(model.decoder, model.head, embeds, ids, embed=model.embed, max_new_tokens=NEW, eos=model.eos)
+    logits = prefill(model, list(map(Inputs, embeds, ids)))[0]
+    answers = greedy(replace(model, max_new_tokens=NEW), list(map(Inputs, embeds, ids)))
     for i, expression in enumerate(EXPRESSIONS):
         before, after = (whole.get_input_embeddings()(torch.tensor(side)) for side in prompt(case, expression))
         given = dict(

@@ -25,11 +25,11 @@ def test_out_of_memory_halves_the_batch_and_goes_on(whole, tiny, tmp_path, monke
     """At most 5 expressions and one image fit: the same rows, and the smaller size is kept."""
     sizes, greedy, encode = [], evaluation.greedy, type(tiny).encode
 
-    def small_gpu(decoder, head, embeds, *rest, **more):
-        sizes.append(len(embeds))
-        if len(embeds) > 5:
+    def small_gpu(model, inputs, *rest, **more):
+        sizes.append(len(inputs))
+        if len(inputs) > 5:
             raise torch.OutOfMemoryError("no room")
-        return greedy(decoder, head, embeds, *rest, **more)
+        return greedy(model, inputs, *rest, **more)
 
     def small_tower(self, images):
         if len(images) > 1:

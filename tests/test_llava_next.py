@@ -1,5 +1,6 @@
 """The LLaVA-NeXT adapter against transformers' own and a preprocessing of its own; newlines under pruning."""
 
+from dataclasses import replace
 from functools import cache
 from itertools import takewhile
 from math import ceil
@@ -14,8 +15,8 @@ from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration, Lla
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from analysis import models
-from analysis.engine.decode import greedy, prefill
-from analysis.engine.evaluate import Pace, _encode
+from analysis.engine.decode import Inputs, greedy, prefill
+from analysis.engine.evaluate import RunState, _encode
 from analysis.positions import assign, reorder, sequence_positions
 from analysis.pruning import budget, pruner, select
 from tests.support import checkpoint
@@ -95,14 +96,14 @@ def test_pixels_are_the_image_and_its_tiles(model, width, height):
 
 
 def sequence(model, image, expression, prune="none", keep=None, ids="compact", order="method"):
-    """Embeddings and IDs of one prompt."""
+    """One prompt as the decoder reads it."""
     visual = model.encode([image])
     selection = reorder(select(pruner(prune), visual, keep, [3])[0], order, 0)
     prefix, suffix = model.prompt(expression)
     given = assign(selection.origin, visual.unpruned, ids, 0)
     with torch.inference_mode():
         embeds = torch.cat([model.embed(prefix), selection.features, model.embed(suffix)])
-    return embeds, sequence_positions(len(prefix), given, len(suffix))
+    return Inputs(embeds, sequence_positions(len(prefix), given, len(suffix)))
 
 
 @pytest.mark.parametrize("decoder", ["llama", "mistral"])
@@ -110,13 +111,12 @@ def test_unpruned_equals_transformers(folders, decoder):
     folder, theirs = folders[decoder]
     ours, images = models.load(folder, device="cpu"), [noise(*size, i) for i, size in enumerate(SIZES)]
     assert ours.chat.startswith("[INST]" if decoder == "mistral" else "A chat between")
-    embeds, ids = zip(*[sequence(ours, image, "the red cat") for image in images])
-    logits = prefill(ours.decoder, ours.head, embeds, ids)[0]
-    how = dict(embed=ours.embed, max_new_tokens=NEW, eos=ours.eos)
-    answers = greedy(ours.decoder, ours.head, embeds, ids, **how)
+    inputs = [sequence(ours, image, "the red cat") for image in images]
+    logits = prefill(ours, inputs)[0]
+    answers = greedy(replace(ours, max_new_tokens=NEW), inputs)
     for i, image in enumerate(images):
         prefix, suffix = ours.prompt("the red cat")
-        count = torch.full((len(embeds[i]) - len(prefix) - len(suffix),), ours.image_token)
+        count = torch.full((len(inputs[i].embeds) - len(prefix) - len(suffix),), ours.image_token)
         prompt = torch.cat([prefix, count, suffix])[None]
         given = dict(
             input_ids=prompt,
@@ -127,9 +127,7 @@ def test_unpruned_equals_transformers(folders, decoder):
         with torch.inference_mode():
             expected = theirs(**given).logits[0, -1]
         torch.testing.assert_close(logits[i], expected, atol=1e-4, rtol=0)
-        torch.testing.assert_close(
-            prefill(ours.decoder, ours.head, embeds[i:][:1], ids[i:][:1])[0][0], expected, atol=1e-4, rtol=0
-        )
+        torch.testing.assert_close(prefill(ours, [inputs[i]])[0][0], expected, atol=1e-4, rtol=0)
         said = theirs.generate(**given, max_new_tokens=NEW, do_sample=False)[0, prompt.shape[1] :].tolist()
         assert answers[i] == list(takewhile(lambda token: token != ours.eos, said))
     assert len({tuple(answer) for answer in answers}) > len(answers) / 2
@@ -142,7 +140,7 @@ def test_layouts(model):
         index, tiles = model.mosaic(size)
         assert mosaics.setdefault(model.layout(size), index).equal(index) and int(index.max()) < tiles * GRID**2
     images = {name: noise(*size, i) for i, (name, size) in enumerate(zip("abcde", [*SIZES[:3], (47, 30), (30, 47)]))}
-    batches = list(_encode(model, images, Pace(expressions=1, images=10)))
+    batches = list(_encode(model, images, RunState(expressions=1, images=10)))
     assert sorted(name for names, _ in batches for name in names) == list(images) and len(batches) == 3
     for names, visual in batches:
         for i, name in enumerate(names):
@@ -184,9 +182,7 @@ def test_signals_of_the_mosaic_are_its_tiles_own(model, size):
 @pytest.mark.parametrize("size", SIZES)
 def test_identity_law(model, size):
     ways = ("none", None, "original"), ("random", 1, "original", "raster"), ("random", 0.5, "original", "raster")
-    full, kept, fewer = (
-        prefill(model.decoder, model.head, *zip(sequence(model, noise(*size), "cup", *way)))[0] for way in ways
-    )
+    full, kept, fewer = (prefill(model, [sequence(model, noise(*size), "cup", *way)])[0] for way in ways)
     assert torch.equal(full, kept) and not torch.allclose(full, fewer)
 
 

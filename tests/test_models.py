@@ -2,6 +2,7 @@
 
 import runpy
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,7 +12,7 @@ from PIL import Image
 from transformers import LlavaForConditionalGeneration
 
 from analysis import models
-from analysis.engine.decode import greedy, prefill
+from analysis.engine.decode import Inputs, greedy, prefill
 from analysis.models.base import pad_to_square
 from analysis.models.llava import Llava
 from analysis.models.stem import install_stem
@@ -27,22 +28,22 @@ IMAGES = [noise(40, 30, 0), noise(32, 32, 1)]
 
 
 def sequences(model, pruner, keep, ids):
-    """Embeddings and IDs of both prompts."""
+    """Both prompts as the decoder reads them."""
     with torch.inference_mode():
-        embeds, positions = [], []
+        inputs = []
         for selection, expression in zip(PRUNERS[pruner](model.encode(IMAGES), keep, seeds=[3, 4]), EXPRESSIONS):
             prefix, suffix = model.prompt(expression)
             given = assign(selection.origin, raster_ids(16), ids, 0)
-            embeds.append(torch.cat([model.embed(prefix), selection.features, model.embed(suffix)]))
-            positions.append(sequence_positions(len(prefix), given, len(suffix)))
-    return embeds, positions
+            embeds = torch.cat([model.embed(prefix), selection.features, model.embed(suffix)])
+            inputs.append(Inputs(embeds, sequence_positions(len(prefix), given, len(suffix))))
+    return inputs
 
 
 def test_unpruned_equals_transformers(tiny, tiny_folder):
     theirs = LlavaForConditionalGeneration.from_pretrained(tiny_folder).eval()
-    embeds, ids = sequences(tiny, "none", None, "compact")
-    logits, _, _ = prefill(tiny.decoder, tiny.head, embeds, ids)
-    answers = greedy(tiny.decoder, tiny.head, embeds, ids, embed=tiny.embed, max_new_tokens=NEW, eos=tiny.eos)
+    inputs = sequences(tiny, "none", None, "compact")
+    logits, _, _ = prefill(tiny, inputs)
+    answers = greedy(replace(tiny, max_new_tokens=NEW), inputs)
     for i, (image, expression) in enumerate(zip(IMAGES, EXPRESSIONS)):
         prefix, suffix = tiny.prompt(expression)
         prompt = torch.cat([prefix, torch.full((16,), tiny.image_token), suffix])[None]
@@ -56,11 +57,10 @@ def test_unpruned_equals_transformers(tiny, tiny_folder):
 
 def test_identity_law(tiny):
     full, kept = (
-        prefill(tiny.decoder, tiny.head, *sequences(tiny, *how))[0]
-        for how in [("none", None, "compact"), ("random", 1, "original")]
+        prefill(tiny, sequences(tiny, *how))[0] for how in [("none", None, "compact"), ("random", 1, "original")]
     )
     assert torch.equal(full, kept)
-    fewer = prefill(tiny.decoder, tiny.head, *sequences(tiny, "random", 0.5, "original"))[0]
+    fewer = prefill(tiny, sequences(tiny, "random", 0.5, "original"))[0]
     assert not torch.allclose(full, fewer)
 
 

@@ -7,7 +7,7 @@ import torch
 from transformers import Qwen2_5_VLTextConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
 
-from analysis.engine.decode import begin, greedy, hidden_states, usual
+from analysis.engine.decode import Inputs, LanguageModel, draft_from, greedy, hidden_states, prefill_shared
 from analysis.engine.shared_prefix import NAME
 from analysis.positions import assign, generated_position, sequence_positions
 from analysis.types import Ids
@@ -95,19 +95,22 @@ def test_the_decoder_is_sensitive_enough_to_test_with():
 @pytest.mark.parametrize("spec", SPECS)
 def test_greedy_equals_a_plain_loop(spec, padding):
     """Batched with padding; then the words before the image, and the image after them, shared; then with a draft."""
-    model, head = decoder()
-    embeds, positions, next_ids = sequences(spec)
-    given = dict(embed=model.embed_tokens, max_new_tokens=NEW, eos=NEVER, padding=padding, next_ids=next_ids)
-    assert greedy(model, head, embeds, positions, **given) == expected(spec)
+    decoding, head = decoder()
+    model = LanguageModel(decoder=decoding, head=head, embed=decoding.embed_tokens, eos=NEVER, max_new_tokens=NEW)
+    inputs = [Inputs(*one) for one in zip(*sequences(spec))]
+    assert greedy(model, inputs, padding=padding) == expected(spec)
 
-    ends = [len(e) - suffix for e, suffix in zip(embeds, SUFFIXES)]
-    words = begin(model, [embeds[0][:PREFIX]], [positions[0][:PREFIX]], [0] * 3)
-    images = [rows[PREFIX:end] for rows, end in zip(embeds, ends)]
-    image_ids = [rows[PREFIX:end] for rows, end in zip(positions, ends)]
-    context = begin(model, images, image_ids, [0, 1, 2], words)
-    questions = [rows[end:] for rows, end in zip(embeds, ends)], [rows[end:] for rows, end in zip(positions, ends)]
-    for draft in ((), usual(expected(spec)[:1]), [3, -1, 7, 7]):
-        assert greedy(model, head, *questions, context=context, draft=draft, **given) == expected(spec)
+    words, images, questions = [], [], []
+    for one, suffix in zip(inputs, SUFFIXES):
+        for part, place in (
+            (words, slice(PREFIX)),
+            (images, slice(PREFIX, -suffix)),
+            (questions, slice(-suffix, None)),
+        ):
+            part.append(Inputs(one.embeds[place], one.position_ids[place], one.next_id))
+    context = prefill_shared(decoding, images, [0, 1, 2], prefill_shared(decoding, words[:1], [0] * 3))
+    for draft in ((), draft_from(expected(spec)[:1]), [3, -1, 7, 7]):
+        assert greedy(model, questions, context, draft, padding) == expected(spec)
 
 
 @torch.inference_mode()
@@ -122,10 +125,10 @@ def test_pruned_with_original_ids_equals_full_length_with_the_dropped_masked_out
     mask = lower_triangle(len(embeds)).masked_fill(~stay, torch.finfo(torch.float32).min)
     reference = decoder("sdpa")[0](inputs_embeds=embeds[None], position_ids=whole.T[:, None], attention_mask=mask)
     ids = assign(origin, unpruned(), "original", 0)
-    states, *_ = hidden_states(model, [embeds[stay]], [sequence_positions(PREFIX, ids, 4)])
+    states, *_ = hidden_states(model, [Inputs(embeds[stay], sequence_positions(PREFIX, ids, 4))])
     torch.testing.assert_close(states[0], reference.last_hidden_state[0, stay], atol=1e-4, rtol=0)
     compact = assign(origin, unpruned(), "compact", 0)
-    other, *_ = hidden_states(model, [embeds[stay]], [sequence_positions(PREFIX, compact, 4)])
+    other, *_ = hidden_states(model, [Inputs(embeds[stay], sequence_positions(PREFIX, compact, 4))])
     assert (other[0] - states[0]).abs().max() > 0.1
 
 
@@ -137,4 +140,4 @@ def test_nothing_pruned_is_the_models_own_forward_bit_for_bit():
     plain = model(
         inputs_embeds=embeds, position_ids=positions.T[:, None], attention_mask=lower_triangle(embeds.shape[1])
     ).last_hidden_state
-    assert torch.equal(hidden_states(model, embeds, [positions])[0], plain)
+    assert torch.equal(hidden_states(model, [Inputs(embeds[0], positions)])[0], plain)

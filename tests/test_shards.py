@@ -141,7 +141,7 @@ def test_the_draft_is_the_form_of_a_box_and_the_same_in_shards(tiny, tmp_path, m
     whole, drafts[:] = list(drafts), []
     for number in range(1, 7):
         run(tiny, tmp_path / "rows.parquet", GRID[:3], shard=f"{number}/6", batch_size=2)
-    assert drafts == whole and set(whole) == {tuple(evaluation.form(tiny))}
+    assert drafts == whole and set(whole) == {tuple(evaluation.box_draft(tiny))}
     word = tiny.tokenizer.convert_tokens_to_ids
     said = tiny.tokenizer.encode("[0.12,0.34,0.56,0.78]", add_special_tokens=False)
     assert [expected for expected in whole[0] if expected >= 0] == [t for t in said if t not in map(word, "12345678")]

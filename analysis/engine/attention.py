@@ -28,11 +28,20 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
-from analysis.engine import shared_prefix as cascade
-from analysis.engine.decode import Context, begin, greedy, hidden_states
-from analysis.engine.evaluate import EXPRESSION, RecDataset, form, image_seed, texts, whose
+from analysis.engine import shared_prefix
+from analysis.engine.decode import (
+    Context,
+    Inputs,
+    PromptInputs,
+    greedy,
+    grouped,
+    hidden_states,
+    joined,
+    prefill_shared,
+    prompt_inputs,
+)
+from analysis.engine.evaluate import EXPRESSION, RecDataset, box_draft, id_columns, image_seed, texts
 from analysis.models import Model
-from analysis.positions import sequence_positions
 from analysis.pruning import cls_similarity, prumerge, random, select, text_similarity, trim
 from analysis.pruning import pruner as find_pruner
 from analysis.pruning._budget import check
@@ -107,7 +116,7 @@ class _Biased:
         return self.decoder(attention_mask=mask, **inputs)
 
 
-class Batch(NamedTuple):
+class AskedImages(NamedTuple):
     """B expressions on I images. features: [I, N, D], raster order; unpruned: as `VisualTokens.unpruned`; image: [B],
     which one; prompts: of each."""
 
@@ -116,36 +125,34 @@ class Batch(NamedTuple):
     image: Sequence[int]
     prompts: Sequence[Prompt]
 
-    def positions(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Original IDs of what comes up to the image's end, and of what follows, for each expression."""
-        whole = [sequence_positions(len(before), self.unpruned, len(after)) for before, after in self.prompts]
-        ends = [len(before) + self.features.shape[1] for before, _ in self.prompts]
-        return [ids[:end] for ids, end in zip(whole, ends)], [ids[end:] for ids, end in zip(whole, ends)]
+    def inputs(self, model: Model) -> list[PromptInputs]:
+        """The unpruned prompt of each expression."""
+        return [
+            prompt_inputs(model.embed, prompt, self.features[image], self.unpruned)
+            for prompt, image in zip(self.prompts, self.image)
+        ]
 
-    def begun(self, model: Model, bias: Tensor | None = None) -> Context:
-        """All that comes up to the image's end, run once for the expressions that share it.
+    def context(self, model: Model, inputs: Sequence[PromptInputs], bias: Tensor | None = None) -> Context:
+        """All that comes up to the image's end, prefilled once for the expressions that share it.
 
         bias: [B, N], of the logits of the image's keys, for the image's own queries and for all that come later.
         """
-        first, owner = {}, []
-        for row, (image, (before, _)) in enumerate(zip(self.image, self.prompts)):
-            key = image, tuple(before.tolist()), None if bias is None else bias[row].cpu().numpy().tobytes()
-            owner.append(first.setdefault(key, (len(first), row))[0])
-        rows = [row for _, row in first.values()]
-        embeds = [torch.cat([model.embed(self.prompts[row][0]), self.features[self.image[row]]]) for row in rows]
-        before, _ = self.positions()
-        ids = [before[row] for row in rows]
+        firsts, owner = grouped(
+            (image, tuple(before.tolist()), None if bias is None else bias[row].cpu().numpy().tobytes())
+            for row, (image, (before, _)) in enumerate(zip(self.image, self.prompts))
+        )
+        shared = [joined(inputs[row].before, inputs[row].image) for row in firsts]
         if bias is None:
-            return begin(model.decoder, embeds, ids, owner)
-        (level,) = begin(_Biased(model.decoder, bias[rows]), embeds, ids, owner)
-        mask = level.mask.clone()  # `begin` pads on the left: the image is at the end
-        mask[..., -bias.shape[1] :] += bias[rows][:, None, None].to(mask.dtype)
-        return (level._replace(mask=mask),)
+            return prefill_shared(model.decoder, shared, owner)
+        (prefix,) = prefill_shared(_Biased(model.decoder, bias[firsts]), shared, owner)
+        mask = prefix.mask.clone()  # a prefill pads on the left: the image is at the end
+        mask[..., -bias.shape[1] :] += bias[firsts][:, None, None].to(mask.dtype)
+        return (prefix._replace(mask=mask),)
 
 
 @torch.inference_mode()
 def answers(
-    model: Model, batch: Batch, beta: Tensor | None = None, draft: Sequence[int] = ()
+    model: Model, asked: AskedImages, beta: Tensor | None = None, draft: Sequence[int] = ()
 ) -> list[list[int] | None]:
     """Greedy answers (token IDs, as `decode.greedy`) with all visual tokens and their IDs, weighted by beta [B, N].
 
@@ -155,25 +162,15 @@ def answers(
     """
     bias = None
     if beta is not None:
-        shape = (len(batch.prompts), batch.features.shape[1])
+        shape = (len(asked.prompts), asked.features.shape[1])
         if beta.shape != shape or not ((beta >= 0) & (beta <= 1)).all():
             raise ValueError(
                 f"beta must be {list(shape)} in [0, 1], a row for each expression; got {list(beta.shape)} "
                 f"in [{beta.min():.3g}, {beta.max():.3g}]"
             )
-        bias = beta.to(batch.features.device).log()
-    embeds = [model.embed(after) for _, after in batch.prompts]
-    return greedy(
-        model.decoder,
-        model.head,
-        embeds,
-        batch.positions()[1],
-        embed=model.embed,
-        max_new_tokens=model.max_new_tokens,
-        eos=model.eos,
-        context=batch.begun(model, bias),
-        draft=draft,
-    )
+        bias = beta.to(asked.features.device).log()
+    inputs = asked.inputs(model)
+    return greedy(model, [one.after for one in inputs], asked.context(model, inputs, bias), draft=draft)
 
 
 @contextmanager
@@ -182,16 +179,16 @@ def captured(decoder: nn.Module) -> Iterator[list[Tensor]]:
 
     The fused kernels, which keep their attention to themselves, are not used meanwhile.
     """
-    seen, usual = [], cascade.LONG
+    seen, long = [], shared_prefix.LONG
     hooks = [
         layer.self_attn.register_forward_hook(lambda module, args, out: seen.append(out[1].float().mean(dim=1)))
         for layer in decoder.layers
     ]
-    cascade.LONG = math.inf
+    shared_prefix.LONG = math.inf
     try:
         yield seen
     finally:
-        cascade.LONG = usual
+        shared_prefix.LONG = long
         for hook in hooks:
             hook.remove()
 
@@ -210,21 +207,26 @@ class Look(NamedTuple):
 
 
 @torch.inference_mode()
-def look(model: Model, batch: Batch) -> list[Look]:
+def look(model: Model, asked: AskedImages) -> list[Look]:
     """The unpruned run's attention for each expression, teacher-forced over its own greedy answer.
 
     An answer that is no text (NaN logits) counts as empty.
     """
-    n, found = batch.features.shape[1], [answer or [] for answer in answers(model, batch)]
-    said = [torch.tensor(answer, dtype=torch.int64, device=batch.features.device) for answer in found]
-    context, (_, after) = batch.begun(model), batch.positions()
-    ids = [torch.cat([i, i[-1] + 1 + torch.arange(len(s), device=i.device)]) for i, s in zip(after, said)]
-    embeds = [model.embed(torch.cat([suffix, s])) for (_, suffix), s in zip(batch.prompts, said)]
-    end = context[0].mask.shape[-1]  # of the image: `begin` pads on the left
+    n, found = asked.features.shape[1], [answer or [] for answer in answers(model, asked)]
+    said = [torch.tensor(answer, dtype=torch.int64, device=asked.features.device) for answer in found]
+    inputs = asked.inputs(model)
+    context = asked.context(model, inputs)
+    forced = [
+        joined(
+            one.after, Inputs(model.embed(s), one.after.position_ids[-1] + 1 + torch.arange(len(s), device=s.device))
+        )
+        for one, s in zip(inputs, said)
+    ]
+    end = context[0].mask.shape[-1]  # of the image: a prefill pads on the left
     with captured(model.decoder) as seen:
-        hidden_states(model.decoder, embeds, ids, "right", context)
+        hidden_states(model.decoder, forced, "right", context)
     alpha = torch.stack(seen).mean(dim=0)[..., end - n : end].cpu()
-    return [Look(a[: len(i)], answer) for a, i, answer in zip(alpha, ids, found)]
+    return [Look(a[: len(one.embeds)], answer) for a, one, answer in zip(alpha, forced, found)]
 
 
 def sinks(looks: Sequence[Look], times: float | None = SINK) -> Tensor:
@@ -261,7 +263,7 @@ def agreement(looks: Sequence[Look], beta: Tensor, stay: Tensor, sink: Tensor) -
     return found
 
 
-def measure(
+def attention_rows(
     model: Model,
     dataset: RecDataset,
     pruners: Sequence[str],
@@ -281,7 +283,7 @@ def measure(
     Raises ValueError for a pruner in `soft` without a score, for a model with tiles, and what the pruners raise.
     """
     score = {name: pick(SCORES, name, "score") for name in soft} | {p: SCORES[p] for p in pruners if p in SCORES}
-    draft = form(model)
+    draft = box_draft(model)
     prune = {name: find_pruner(name) for name in pruners}
     looked, answered, image_ids = [], [], dataset.rows["image_id"].unique()
     for start in tqdm(range(0, len(image_ids), chunk), unit=" chunks", disable=not progress):
@@ -291,21 +293,21 @@ def measure(
         n, index = visual.length, torch.tensor([part.index(image_id) for image_id in rows["image_id"]])
         pairs = visual.take(index.to(visual.features.device), **model.texts(list(rows["expression"])))
         seeds = [image_seed(seed, image_id) for image_id in rows["image_id"]]
-        batch = Batch(
+        asked = AskedImages(
             visual.features,
             visual.unpruned,
             index.tolist(),
             [model.prompt(expression) for expression in rows["expression"]],
         )
-        looks, scores = look(model, batch), {name: compute(pairs, seeds).cpu() for name, compute in score.items()}
-        asked = whose(model, dataset, rows, EXPRESSION)
+        looks, scores = look(model, asked), {name: compute(pairs, seeds).cpu() for name, compute in score.items()}
+        expressions = id_columns(model, dataset, rows, EXPRESSION)
         unknown = torch.full((len(rows), n), torch.nan)
-        of_image = [[one for one, i in zip(looks, batch.image) if i == image] for image in range(len(part))]
+        of_image = [[one for one, i in zip(looks, asked.image) if i == image] for image in range(len(part))]
         sunk = torch.stack([sinks(some, sink) for some in of_image])[index]
         for name, keep in product(pruners, keeps):
             stay = survivors(select(prune[name], pairs, keep, seeds), n)
             looked.append(
-                asked.assign(
+                expressions.assign(
                     pruner=name,
                     keep=keep,
                     seed=seed,
@@ -315,9 +317,9 @@ def measure(
                 )
             )
         for name, keep in product(soft, keeps):
-            raw, error = texts(model, answers(model, batch, soft_weights(scores[name], keep), draft))
+            raw, error = texts(model, answers(model, asked, soft_weights(scores[name], keep), draft))
             answered.append(
-                asked.assign(
+                expressions.assign(
                     raw=raw,
                     dialect=model.dialect,
                     frame=model.frame,

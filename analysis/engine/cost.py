@@ -23,10 +23,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 from transformers import Cache, LlamaConfig, LlamaModel
 
-from analysis.engine.decode import causal_mask, prefill
+from analysis.engine.decode import Inputs, causal_mask, prefill, prompt_inputs
 from analysis.engine.evaluate import image_seed
 from analysis.models import Model
-from analysis.positions import assign, reorder, sequence_positions
+from analysis.positions import assign, reorder
 from analysis.pruning import budget, pruner, select
 from analysis.rec.datasets import RecDataset
 from analysis.registry import matching, pick
@@ -88,21 +88,20 @@ def decoder_flops(name: str, keep: float) -> int:
 
 
 @torch.inference_mode()
-def sequences(
+def whole_prompts(
     model: Model, selections: Sequence[Selection], unpruned: Ids, prompts: Sequence[tuple[Tensor, Tensor]], cell: Cell
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Embeddings and position IDs of whole prompts under a cell; unpruned: as `VisualTokens.unpruned`."""
-    embeds, positions = [], []
-    for selection, (prefix, suffix) in zip(selections, prompts):
+) -> list[Inputs]:
+    """Whole prompts under a cell, one for each selection; unpruned: as `VisualTokens.unpruned`."""
+    inputs = []
+    for selection, prompt in zip(selections, prompts):
         selection = reorder(selection, cell.order, cell.seed)
         ids = assign(selection.origin, unpruned, cell.ids, cell.seed)
-        embeds.append(torch.cat([model.embed(prefix), selection.features, model.embed(suffix)]))
-        positions.append(sequence_positions(len(prefix), ids, len(suffix)))
-    return embeds, positions
+        inputs.append(prompt_inputs(model.embed, prompt, selection.features, ids).whole)
+    return inputs
 
 
 @torch.inference_mode()
-def measure(
+def cost_rows(
     model: Model, dataset: RecDataset, grid: Sequence[Cell], batch: int = 8, turns: int = 20, progress: bool = True
 ) -> pd.DataFrame:
     """One row per turn and cell, for `batch` images with their first expression.
@@ -132,12 +131,12 @@ def measure(
             visual = encode()  # anew, so that each method pays for its own signals
             start = clock(model)
             chosen = select(pruner(cell.pruner), visual, cell.keep, seeds)
-            embeds, positions = sequences(model, chosen, visual.unpruned, prompts, cell)
+            inputs = whole_prompts(model, chosen, visual.unpruned, prompts, cell)
             selected = clock(model)
-            _, cache, _ = prefill(model.decoder, model.head, embeds, positions)
+            _, cache, _ = prefill(model, inputs)
             done = clock(model)
             if cell not in counted:
-                again = partial(prefill, model.decoder, model.head, embeds, positions)
+                again = partial(prefill, model, inputs)
                 counted[cell] = dict(
                     flops=flops(again) / len(first),
                     cache_bytes=cache_bytes(cache) / len(first),
@@ -152,7 +151,7 @@ def measure(
                     device=str(model.device),
                     images=len(first),
                     turn=turn,
-                    tokens=(sum(map(len, embeds)) - text) / len(first),
+                    tokens=(sum(len(one.embeds) for one in inputs) - text) / len(first),
                     tokens_full=visual.length,
                     encode_s=encode_s,
                     select_s=selected - start,

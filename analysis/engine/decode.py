@@ -1,25 +1,26 @@
 """Prefill and greedy decoding with explicit position IDs, for any Llama-like decoder of transformers.
 
-Where decoding goes on: each sequence continues at its own last ID + 1, unless `next_ids` says otherwise. Under GAP
+Where decoding goes on: each sequence continues at its own last ID + 1, unless its `next_id` says otherwise. Under GAP
 (original IDs, arXiv:2506.21873) the text after the image stands where it would unpruned, and so do generated tokens.
 Counting the tokens in the cache instead is the bug to avoid: "GAP prefill, compact decode".
 
 Position IDs are [L], or [L, P] for decoders that rotate by P planes of IDs (M-RoPE), which take them as [P, B, L].
 
-Several expressions on one image share all that comes before the question: `begin` runs it once, and `cascade` reads it
-without copying it.
+Several expressions on one image share all that comes before the question: `prefill_shared` runs it once, and the
+attention of `shared_prefix` reads it without copying it.
 
 Why the mask is explicit: transformers 5 takes IDs with gaps, without mask and cache, for several packed sequences and
-silently cuts attention at every gap. A 4-D mask is used as it is. It is additive, which both "sdpa" and "eager"
-attention take, and our "cascade", which shared beginnings need; the flash kernels take no such mask.
+silently cuts attention at every gap. A 4-D mask is used as it is. It is additive, which "sdpa", "eager" and our
+"shared_prefix" attention take; the flash kernels take no such mask.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,10 +29,78 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
-from analysis.engine.shared_prefix import NAME, Level, level
+from analysis.engine.shared_prefix import NAME, SharedPrefix
+from analysis.positions import generated_position, sequence_positions
+from analysis.types import Ids
 
 Padding = Literal["left", "right"]
-Context = tuple[Level, ...]  # what sequences come after, from the first to the last
+Context = tuple[SharedPrefix, ...]  # what sequences continue, from the first tokens to the last
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageModel:
+    """The parts of a model that read and write words.
+
+    decoder: a Llama-like decoder of transformers, which takes embeddings, position IDs and a 4-D mask; head: [..., D]
+    -> logits [..., V]; embed: token IDs -> embeddings; eos: the token ID or IDs that end an answer; max_new_tokens: the
+    most tokens of an answer.
+    """
+
+    decoder: nn.Module
+    head: nn.Module
+    embed: nn.Embedding
+    eos: int | set[int]
+    max_new_tokens: int = 40
+
+
+class Inputs(NamedTuple):
+    """A sequence, or a part of one, as a decoder reads it.
+
+    embeds: [L, D]; position_ids: [L] or [L, P] int64; next_id: the position ID, in all planes, of the first token
+    generated after it, None for its last ID + 1.
+    """
+
+    embeds: Tensor
+    position_ids: Tensor
+    next_id: int | None = None
+
+
+def joined(*parts: Inputs) -> Inputs:
+    """Consecutive parts of one sequence as one."""
+    embeds, position_ids, next_ids = zip(*parts)
+    return Inputs(torch.cat(embeds), torch.cat(position_ids), next_ids[-1])
+
+
+class PromptInputs(NamedTuple):
+    """A prompt as a decoder reads it, in three parts: the words before the image, the image, the words after it."""
+
+    before: Inputs
+    image: Inputs
+    after: Inputs
+
+    @property
+    def whole(self) -> Inputs:
+        return joined(*self)
+
+
+def prompt_inputs(embed: nn.Embedding, prompt: tuple[Tensor, Tensor], features: Tensor, ids: Ids) -> PromptInputs:
+    """Embeddings and position IDs of a prompt with its image; the one place where they are put together.
+
+    prompt: token IDs before and after the image, as `Model.prompt` gives them; features: [K, D] visual tokens in
+    physical order; ids: theirs, as `positions.assign` gives them, or `VisualTokens.unpruned` where all are kept.
+    """
+    before, after = prompt
+    places = sequence_positions(len(before), ids, len(after)).tensor_split([len(before), len(before) + len(features)])
+    first, image, last = (Inputs(*one) for one in zip((embed(before), features, embed(after)), places))
+    return PromptInputs(first, image, last._replace(next_id=generated_position(len(before), ids, len(after))))
+
+
+def grouped(keys: Iterable[Hashable]) -> tuple[list[int], list[int]]:
+    """Rows with equal keys form a group: the first row of each group, and the group of each row."""
+    firsts, owner = {}, []
+    for row, key in enumerate(keys):
+        owner.append(firsts.setdefault(key, (len(firsts), row))[0])
+    return [row for _, row in firsts.values()], owner
 
 
 def causal_mask(valid: Tensor, dtype: torch.dtype, queries: int | None = None) -> Tensor:
@@ -70,22 +139,18 @@ class RoomyLayer(DynamicLayer):
         return self.keys, self.values
 
 
-def begin(
-    decoder: nn.Module,
-    embeds: Sequence[Tensor],
-    position_ids: Sequence[Tensor],
-    owner: Sequence[int],
-    context: Context = (),
+def prefill_shared(
+    decoder: nn.Module, inputs: Sequence[Inputs], owner: Sequence[int], context: Context = ()
 ) -> Context:
-    """Run M shared beginnings (prompt, image) once, for the sequences that go on from them.
+    """Prefill M shared prefixes once; owner[b] is the prefix that sequence b continues.
 
-    owner: for each sequence the number of its beginning; context: what the beginnings themselves come after; other
-    arguments and errors as for `hidden_states`.
+    context: what the prefixes themselves continue; the result is a context of the B sequences. Errors as for
+    `hidden_states`.
     """
-    _, cache, valid = hidden_states(decoder, embeds, position_ids, context=context)
-    index, dtype = torch.tensor(owner, device=valid.device), embeds[0].dtype
+    _, cache, valid = hidden_states(decoder, inputs, context=context)
+    index, dtype = torch.tensor(owner, device=valid.device), inputs[0].embeds.dtype
     mask = torch.zeros(valid.shape, dtype=dtype, device=valid.device).masked_fill(~valid, torch.finfo(dtype).min)
-    return *(one.take(index) for one in context), level(cache, mask[:, None, None], index)
+    return *(one.take(index) for one in context), SharedPrefix.of(cache, mask[:, None, None], index)
 
 
 def for_decoder(position_ids: Tensor) -> Tensor:
@@ -95,35 +160,31 @@ def for_decoder(position_ids: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def hidden_states(
-    decoder: nn.Module,
-    embeds: Sequence[Tensor],
-    position_ids: Sequence[Tensor],
-    padding: Padding = "left",
-    context: Context = (),
+    decoder: nn.Module, inputs: Sequence[Inputs], padding: Padding = "left", context: Context = ()
 ) -> tuple[Tensor, Cache, Tensor]:
     """Run a ragged batch: last hidden states [B, L, D], the filled cache, and which places are tokens [B, L] bool.
 
-    embeds: B tensors [L_i, D]; position_ids: B tensors [L_i] or [L_i, P] int64. L is the longest L_i; padding embeds
-    as zeros.
-    context: what the B sequences come after, as `begin` makes it.
+    inputs: B sequences; L is the longest one's length, padding embeds as zeros; context: what the B sequences continue,
+    as `prefill_shared` makes it.
     Raises ValueError on an empty batch or sequence, on lengths that disagree, on an unknown padding side, and for a
-    context where the decoder's attention is not "cascade".
+    context where the decoder's attention is not "shared_prefix".
     """
     if context and decoder.config._attn_implementation != NAME:  # others would not see it, and not say so
         raise ValueError(
-            f"shared beginnings need a decoder with attn_implementation {NAME!r}, this one has "
+            f"shared prefixes need a decoder with attn_implementation {NAME!r}, this one has "
             f"{decoder.config._attn_implementation!r}"
         )
-    lengths = [len(e) for e in embeds]
+    lengths = [len(one.embeds) for one in inputs]
     if not lengths or min(lengths) == 0:
         raise ValueError(f"decoding needs at least one sequence and one token in each, got lengths {lengths}")
-    if lengths != (given := [len(p) for p in position_ids]):
+    if lengths != (given := [len(one.position_ids) for one in inputs]):
         raise ValueError(f"each token needs one position ID: got {given} IDs for sequences of lengths {lengths}")
     if padding not in ("left", "right"):
         raise ValueError(f"padding must be 'left' or 'right', got {padding!r}")
-    masks = [torch.ones(len(p), dtype=torch.bool, device=p.device) for p in position_ids]
+    embeds, position_ids, _ = zip(*inputs)
+    tokens = [torch.ones(length, dtype=torch.bool, device=embeds[0].device) for length in lengths]
     states, ids, valid = (
-        pad_sequence(list(rows), batch_first=True, padding_side=padding) for rows in (embeds, position_ids, masks)
+        pad_sequence(rows, batch_first=True, padding_side=padding) for rows in (embeds, position_ids, tokens)
     )
     out = decoder(
         inputs_embeds=states,
@@ -131,32 +192,45 @@ def hidden_states(
         attention_mask=causal_mask(valid, states.dtype),
         past_key_values=Cache(layer_class_to_replicate=RoomyLayer),
         use_cache=True,
-        levels=context,
+        shared_prefixes=context,
     )
     return out.last_hidden_state, out.past_key_values, valid
 
 
+def shared_context(
+    decoder: nn.Module, prompts: Sequence[PromptInputs], words: Sequence[Hashable], images: Sequence[Hashable]
+) -> Context:
+    """What the questions of B prompts continue, each part prefilled once: the words before the image, then the image.
+
+    words, images: [B] keys; prompts with equal ones begin with the same words, and show the same tokens with equal IDs.
+    An image is prefilled once for each beginning, which in some prompts holds the expression.
+    """
+    first_of_image, image_of = grouped(zip(words, images))
+    first_of_words, words_of = grouped(words[row] for row in first_of_image)
+    said = [prompts[first_of_image[place]].before for place in first_of_words]
+    shown = [prompts[row].image for row in first_of_image]
+    return prefill_shared(decoder, shown, image_of, prefill_shared(decoder, said, words_of))
+
+
 @torch.inference_mode()
 def prefill(
-    decoder: nn.Module,
-    head: nn.Module,
-    embeds: Sequence[Tensor],
-    position_ids: Sequence[Tensor],
-    padding: Padding = "left",
-    context: Context = (),
+    model: LanguageModel, inputs: Sequence[Inputs], padding: Padding = "left", context: Context = ()
 ) -> tuple[Tensor, Cache, Tensor]:
     """Logits [B, V] after each sequence's last token, the cache, and which of its places are tokens [B, L] bool.
 
-    Arguments and errors as for `hidden_states`; head maps [B, D] to [B, V] and sees the last tokens only.
+    Arguments and errors as for `hidden_states`; the head sees the last tokens only.
     """
-    states, cache, valid = hidden_states(decoder, embeds, position_ids, padding, context)
+    states, cache, valid = hidden_states(model.decoder, inputs, padding, context)
     place = torch.arange(states.shape[1], device=valid.device)
     last = (place * valid).argmax(dim=1)
-    return head(states[torch.arange(len(last), device=last.device), last]), cache, valid
+    return model.head(states[torch.arange(len(last), device=last.device), last]), cache, valid
 
 
-def usual(answers: Sequence[Sequence[int]], share: float = 0.9) -> list[int]:
-    """A `draft` for more answers like these: the token that this share of them has at a place, -1 where none is."""
+def draft_from(answers: Sequence[Sequence[int]], share: float = 0.9) -> list[int]:
+    """A `Draft` of more answers like these: at each position the token that most answers have, else -1.
+
+    share: how many of the answers must agree on it.
+    """
     draft = []
     for tokens in zip_longest(*answers, fillvalue=-1):
         token, count = Counter(tokens).most_common(1)[0]
@@ -164,48 +238,60 @@ def usual(answers: Sequence[Sequence[int]], share: float = 0.9) -> list[int]:
     return draft
 
 
+class Draft:
+    """Tokens expected at each position of an answer, which a forward can try ahead of the model's own choice.
+
+    expected: the tokens from the answer's first position on, -1 where it is open. An end of the answer is never tried.
+    tokens: the tokens, 0 where open; runs: how many tokens the draft goes on for from a position; both are longer than
+    an answer and what is tried after it, so that they are indexed without a check.
+    """
+
+    def __init__(self, expected: Sequence[int], model: LanguageModel, device: torch.device):
+        length, ends = 2 * model.max_new_tokens, end_tokens(model)
+        runs = [0] * (length + 1)
+        for place in reversed(range(min(len(expected), model.max_new_tokens - 1))):  # the last token is the model's
+            runs[place] = 0 if expected[place] < 0 or expected[place] in ends else runs[place + 1] + 1
+        self.tokens = torch.tensor([*expected, *[0] * length], device=device).clamp(min=0)
+        self.runs = torch.tensor(runs, device=device)
+
+    def ahead(self, place: Tensor) -> tuple[Tensor, Tensor]:
+        """What to try after the tokens at `place` [B]: tokens [B, T], and which of them are part of the draft [B, T]."""
+        steps = torch.arange(int(self.runs[place].max()), device=place.device)  # here a GPU waits for the host
+        return self.tokens[place[:, None] + steps], steps < self.runs[place][:, None]
+
+
+def end_tokens(model: LanguageModel) -> list[int]:
+    """The token IDs that end an answer."""
+    return [model.eos] if isinstance(model.eos, int) else sorted(model.eos)
+
+
 @torch.inference_mode()
 def greedy(
-    decoder: nn.Module,
-    head: nn.Module,
-    embeds: Sequence[Tensor],
-    position_ids: Sequence[Tensor],
-    *,
-    embed: nn.Embedding,
-    max_new_tokens: int,
-    eos: int | set[int],
+    model: LanguageModel,
+    inputs: Sequence[Inputs],
     context: Context = (),
-    padding: Padding = "left",
     draft: Sequence[int] = (),
-    next_ids: Sequence[int] | None = None,
+    padding: Padding = "left",
 ) -> list[list[int] | None]:
-    """Greedy continuation of each sequence, at most max_new_tokens long, without eos and what would follow; None where
-    a logit was not a number.
+    """Greedy continuation of each sequence, at most max_new_tokens long, without eos and what would follow; None
+    where a logit was not a number.
 
-    embed: the decoder's token embedding; context: what each sequence comes after, as `begin` makes it; other arguments
-    and errors as for `prefill`, and ValueError unless max_new_tokens >= 1. Sequences that ended leave the batch.
-    draft: the token expected at each place of an answer, -1 where it is open. Boxes have a form, so a forward can try all
-    tokens up to the next open place; what the model would not have said itself is dropped (speculative decoding,
-    arXiv:2211.17192, with a table as the drafter), so a wrong draft costs time and changes nothing.
-    next_ids: the position ID of each sequence's first generated token, in all planes; None goes on at its last ID + 1.
+    Arguments and errors as for `prefill`, and ValueError unless max_new_tokens >= 1. Sequences that ended leave the
+    batch. draft: the token expected at each position of an answer, -1 where it is open. Boxes have a form, so a forward
+    can try all tokens up to the next open position; what the model would not have said itself is dropped (speculative
+    decoding, arXiv:2211.17192, with a table as the drafter), so a wrong draft costs time and changes nothing.
     """
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be >= 1, got {max_new_tokens}")
-    logits, cache, valid = prefill(decoder, head, embeds, position_ids, padding, context)
-    device = logits.device
-    if next_ids is None:
-        next_ids = [int(ids[-1].max()) + 1 for ids in position_ids]
-    next_id = torch.tensor(next_ids, device=device)
-    planes = position_ids[0].shape[1:]
-    ends = [eos] if isinstance(eos, int) else sorted(eos)
-    runs = [0] * (2 * max_new_tokens + 1)  # how many tokens the draft goes on for at a place; the last is the model's
-    for place in reversed(range(min(len(draft), max_new_tokens - 1))):
-        runs[place] = 0 if draft[place] < 0 or draft[place] in ends else runs[place + 1] + 1
-    draft = torch.tensor([*draft, *[0] * 2 * max_new_tokens], device=device).clamp(min=0)
-    runs, ends = torch.tensor(runs, device=device), torch.tensor(ends, device=device)
+    if model.max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be >= 1, got {model.max_new_tokens}")
+    logits, cache, valid = prefill(model, inputs, padding, context)
+    device, planes = logits.device, inputs[0].position_ids.shape[1:]
+    ends = torch.tensor(end_tokens(model), device=device)
+    drafted = Draft(draft, model, device)
+    starts = [int(one.position_ids[-1].max()) + 1 if one.next_id is None else one.next_id for one in inputs]
+    next_id = torch.tensor(starts, device=device)  # of the token to come, for each row
     rows = torch.arange(len(logits), device=device)  # which sequence each row of the shrinking batch is
-    place = torch.zeros_like(rows)  # of the token to come
-    tokens = torch.full((len(rows), 2 * max_new_tokens), -1, device=device)  # -1: nothing generated here
+    place = torch.zeros_like(rows)  # of the token to come, in its answer
+    tokens = torch.full((len(rows), 2 * model.max_new_tokens), -1, device=device)  # -1: nothing generated here
     sane = torch.ones(len(rows), dtype=torch.bool, device=device)
 
     while True:
@@ -214,36 +300,32 @@ def greedy(
         ended = torch.isin(token, ends)
         tokens[rows, place] = token.masked_fill(ended, -1)
         place = place + 1
-        going = (~ended & (place < max_new_tokens)).nonzero().squeeze(1)  # here a GPU waits for the host
+        going = (~ended & (place < model.max_new_tokens)).nonzero().squeeze(1)  # here a GPU waits for the host
         if len(going) == 0:
             break
         if len(going) < len(rows):
             rows, place, token, next_id, valid = (x[going] for x in (rows, place, token, next_id, valid))
             cache.batch_select_indices(going)
             context = tuple(one.take(going) for one in context)
-        ahead = torch.arange(int(runs[place].max()), device=device)  # and here
-        tried = draft[place[:, None] + ahead]
-        fresh = ahead < runs[place][:, None]
+        tried, fresh = drafted.ahead(place)
         valid = torch.cat([pad(valid, (0, 1), value=True), fresh], dim=1)
-        latest = embed(torch.cat([token[:, None], tried], dim=1))
+        latest = model.embed(torch.cat([token[:, None], tried], dim=1))
         latest_ids = next_id[:, None] + torch.arange(latest.shape[1], device=device)
-        out = decoder(
+        out = model.decoder(
             inputs_embeds=latest,
             position_ids=latest_ids.expand(*planes, -1, -1),
             attention_mask=causal_mask(valid, latest.dtype, queries=latest.shape[1]),
             past_key_values=cache,
             use_cache=True,
-            levels=context,
+            shared_prefixes=context,
         )
-        logits = head(out.last_hidden_state)
+        logits = model.head(out.last_hidden_state)
         right = fresh & (logits[:, :-1].argmax(dim=-1) == tried) & ~logits[:, :-1].isnan().any(dim=-1)
         agreed = right.long().cumprod(dim=1)
-        tokens[rows[:, None], place[:, None] + ahead] = tried.masked_fill(agreed == 0, -1)
-        valid[:, valid.shape[1] - len(ahead) :] &= agreed.bool()
+        written = place[:, None] + torch.arange(tried.shape[1], device=device)
+        tokens[rows[:, None], written] = tried.masked_fill(agreed == 0, -1)
+        valid[:, valid.shape[1] - tried.shape[1] :] &= agreed.bool()
         count = agreed.sum(dim=1)
-        logits, place, next_id = (
-            logits[torch.arange(len(rows), device=device), count],
-            place + count,
-            next_id + 1 + count,
-        )
+        logits = logits[torch.arange(len(rows), device=device), count]
+        place, next_id = place + count, next_id + 1 + count
     return [[token for token in row if token >= 0] if ok else None for row, ok in zip(tokens.tolist(), sane.tolist())]

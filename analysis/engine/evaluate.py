@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import groupby, product
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import pandas as pd
@@ -25,9 +25,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from analysis import results
-from analysis.engine.decode import begin, greedy, usual
+from analysis.engine.decode import draft_from, greedy, prompt_inputs, shared_context
 from analysis.models import Model
-from analysis.positions import ORDERS, assign, generated_position, parse_spec, reorder, sequence_positions
+from analysis.positions import ORDERS, assign, parse_spec, reorder
 from analysis.pruning import Pruner, select
 from analysis.pruning import pruner as find_pruner
 from analysis.rec.boxes import DIALECTS
@@ -69,11 +69,11 @@ def cells(
     if empty := [name for name, values in lists.items() if not values]:
         raise ValueError(f"no cells to evaluate: {', '.join(empty)} is an empty list")
     grid = [Cell(p, None if p == "none" else k, o, i, s) for p, k, o, i, s in product(*lists.values())]
-    check(grid)
+    check_cells(grid)
     return list(dict.fromkeys(grid))
 
 
-def check(grid: Sequence[Cell]) -> None:
+def check_cells(grid: Sequence[Cell]) -> None:
     """Raises ValueError on the first cell that no model could run; see `cells`."""
     if not grid:
         raise ValueError("no cells to evaluate; `cells` builds a grid")
@@ -131,9 +131,12 @@ def _place(selection: Selection, unpruned: Ids, cell: Cell, seed: int) -> tuple[
 
 
 @dataclass
-class Pace:
-    """How a run goes: how many expressions are answered and images encoded together, which falls when memory runs out;
-    a `draft` of the answers; and how many tokens have been generated."""
+class RunState:
+    """How a run goes.
+
+    expressions, images: how many are answered and encoded together, fewer when memory runs out; draft: as `greedy`
+    takes it; tokens: how many have been generated.
+    """
 
     expressions: int
     images: int
@@ -141,14 +144,35 @@ class Pace:
     tokens: int = 0
 
 
-def form(model: Model) -> list[int]:
-    """A `draft` of boxes: the tokens that all have in common in the model's dialect.
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One call of `evaluate`, checked and ready to work.
+
+    by_text: for each pruner and keep ratio whether it selects anew for every expression; out: the file of all rows;
+    key: fingerprint of everything but the cells, which each finished part carries; provenance: of the whole file.
+    """
+
+    model: Model
+    dataset: RecDataset
+    grid: Sequence[Cell]
+    by_text: dict[tuple[str, float | None], bool]
+    out: Path
+    key: str
+    provenance: dict[str, Any]
+    shard: str
+    max_failed: float
+    state: RunState
+    bar: tqdm
+
+
+def box_draft(model: Model) -> list[int]:
+    """A `draft` of boxes: the tokens that all have in common in the model's box format.
 
     The same in every run, for what is tried ahead moves the last bit of a logit, and in 16 bits near ties with it.
     """
     boxes = np.random.default_rng(0).uniform(0.1, 0.99, (100, 4))
     written = map(DIALECTS[model.dialect].format, boxes)
-    return usual([model.tokenizer.encode(text, add_special_tokens=False) for text in written])
+    return draft_from([model.tokenizer.encode(text, add_special_tokens=False) for text in written])
 
 
 def _out_of_memory(model: Model, size: int, what: str) -> int:
@@ -164,39 +188,53 @@ def _out_of_memory(model: Model, size: int, what: str) -> int:
     return size // 2
 
 
+class Chosen(NamedTuple):
+    """What a method chose on one chunk.
+
+    selections, image_ids: one for each image, or for each expression where the method reads it; of_row: which of them a
+    row, by its index, is answered from. Rows of broken images are not in it.
+    """
+
+    selections: list[Selection]
+    image_ids: list[Any]
+    of_row: dict[Any, int]
+
+
+def _choose(run: Run, encoded: Sequence[tuple[list, VisualTokens]], rows: pd.DataFrame, cell: Cell) -> Chosen:
+    prune, chosen = find_pruner(cell.pruner), Chosen([], [], {})
+
+    def add(visual: VisualTokens, image_ids: Sequence[Any]) -> None:
+        seeds = [image_seed(cell.seed, image_id) for image_id in image_ids]
+        chosen.selections.extend(select(prune, visual, cell.keep, seeds))
+        chosen.image_ids.extend(image_ids)
+
+    for image_ids, visual in encoded:
+        here, start = rows[rows["image_id"].isin(image_ids)], len(chosen.selections)
+        if not run.by_text[cell.pruner, cell.keep]:
+            add(visual, image_ids)
+            chosen.of_row.update({row: start + image_ids.index(i) for row, i in here["image_id"].items()})
+            continue
+        for at in range(0, len(here), run.state.expressions):
+            part = here.iloc[at : at + run.state.expressions]
+            index = torch.tensor([image_ids.index(i) for i in part["image_id"]], device=visual.features.device)
+            add(visual.take(index, **run.model.texts(list(part["expression"]))), list(part["image_id"]))
+        chosen.of_row.update(zip(here.index, range(start, len(chosen.selections))))
+    return chosen
+
+
 @torch.inference_mode()
 def _answer(
-    model: Model, placed: dict[Any, tuple[Tensor, Ids]], prompts: dict[Any, tuple[Tensor, Tensor]], draft: Sequence[int]
+    model: Model,
+    prompts: Sequence[tuple[Tensor, Tensor]],
+    placed: Sequence[tuple[Tensor, Ids]],
+    numbers: Sequence[int],
+    draft: Sequence[int],
 ) -> list[list[int] | None]:
-    """The tokens that answer one batch; arguments by row index. Rows that hold the same tuple share their prefill, and
-    all images that of the words before them."""
-    words, shared, owner, questions, next_ids = {}, {}, [], [], []
-    for row, (features, ids) in placed.items():
-        prefix, suffix = prompts[row]
-        positions = sequence_positions(len(prefix), ids, len(suffix))
-        first, image, last = positions.tensor_split([len(prefix), len(prefix) + len(features)])
-        said = tuple(prefix.tolist())  # in some prompts the expression comes before the image
-        if said not in words:
-            words[said] = len(words), model.embed(prefix), first
-        if (key := (id(features), said)) not in shared:
-            shared[key] = len(shared), features, image, words[said][0]
-        owner.append(shared[key][0])
-        questions.append((model.embed(suffix), last))
-        next_ids.append(generated_position(len(prefix), ids, len(suffix)))
-    _, *said = zip(*words.values())
-    _, *images, after = zip(*shared.values())
-    context = begin(model.decoder, *images, owner, context=begin(model.decoder, *said, after))
-    return greedy(
-        model.decoder,
-        model.head,
-        *zip(*questions),
-        embed=model.embed,
-        max_new_tokens=model.max_new_tokens,
-        eos=model.eos,
-        context=context,
-        draft=draft,
-        next_ids=next_ids,
-    )
+    """The tokens that answer one batch. prompts: [B]; numbers: [B], which of the placed tokens each prompt shows."""
+    inputs = [prompt_inputs(model.embed, prompt, *placed[number]) for prompt, number in zip(prompts, numbers)]
+    words = [tuple(before.tolist()) for before, _ in prompts]
+    context = shared_context(model.decoder, inputs, words, numbers)
+    return greedy(model, [one.after for one in inputs], context, draft=draft)
 
 
 def texts(model: Model, answers: Sequence[list[int] | None]) -> tuple[list[str], list[str]]:
@@ -208,36 +246,31 @@ def texts(model: Model, answers: Sequence[list[int] | None]) -> tuple[list[str],
 
 
 def _answers(
-    model: Model,
-    placed: dict[Any, tuple[Tensor, Ids]],
-    prompts: dict[str, tuple[Tensor, Tensor]],
+    run: Run,
     rows: pd.DataFrame,
-    pace: Pace,
-    bar: tqdm,
+    prompts: dict[str, tuple[Tensor, Tensor]],
+    placed: Sequence[tuple[Tensor, Ids]],
+    of_row: dict[Any, int],
 ) -> tuple[pd.Series, pd.Series]:
     """The model's text for each row, "" where there is none, and why there is none, in batches of similar length.
 
-    placed: by row index.
+    prompts: by expression; placed, of_row: as in `Chosen`, the selections in the cell's order with its IDs.
     """
     raw, errors = (pd.Series("", index=rows.index) for _ in range(2))
-    todo = sorted(placed, key=lambda row: len(placed[row][0]))  # stable: the rows of an image stay together
+    todo = sorted(of_row, key=lambda row: len(placed[of_row[row]][0]))  # stable: the rows of an image stay together
     while todo:
-        part = todo[: pace.expressions]
+        part = todo[: run.state.expressions]
+        asked, numbers = [prompts[rows["expression"][row]] for row in part], [of_row[row] for row in part]
         try:
-            tokens = _answer(
-                model,
-                {row: placed[row] for row in part},
-                {row: prompts[rows["expression"][row]] for row in part},
-                pace.draft,
-            )
+            tokens = _answer(run.model, asked, placed, numbers, run.state.draft)
         except torch.OutOfMemoryError:
-            pace.expressions = _out_of_memory(model, len(part), "expressions")
+            run.state.expressions = _out_of_memory(run.model, len(part), "expressions")
             continue
-        pace.tokens += sum(len(answer) for answer in tokens if answer is not None)
-        raw[part], errors[part] = texts(model, tokens)
+        run.state.tokens += sum(len(answer) for answer in tokens if answer is not None)
+        raw[part], errors[part] = texts(run.model, tokens)
         todo = todo[len(part) :]
-        bar.update(len(part))
-    bar.update(len(rows) - len(placed))
+        run.bar.update(len(part))
+    run.bar.update(len(rows) - len(of_row))
     return raw, errors
 
 
@@ -256,98 +289,59 @@ def needs_text(model: Model, prune: Pruner, keep: float | None) -> bool:
     return bool(blank.signals.asked & Signals.TEXT)
 
 
-def _encode(model: Model, images: dict[Any, Image.Image], pace: Pace) -> Iterator[tuple[list, VisualTokens]]:
+def _encode(model: Model, images: dict[Any, Image.Image], state: RunState) -> Iterator[tuple[list, VisualTokens]]:
     """(IDs, tokens) of the images, in batches of one layout."""
     layouts: dict[Hashable, list] = {}
     for image_id, image in images.items():
         layouts.setdefault(model.layout(image.size), []).append(image_id)
     for todo in layouts.values():
         while todo:
-            part = todo[: pace.images]
+            part = todo[: state.images]
             try:
                 visual = model.encode([images[image_id] for image_id in part])
             except torch.OutOfMemoryError:
-                pace.images = _out_of_memory(model, len(part), "images")
+                state.images = _out_of_memory(model, len(part), "images")
                 continue
             yield part, visual
             todo = todo[len(part) :]
 
 
-def _select(
-    model: Model,
-    visual: VisualTokens,
-    image_ids: Sequence[Any],
-    rows: pd.DataFrame,
-    cell: Cell,
-    by_text: bool,
-    batch_size: int,
-) -> dict[Any, Selection]:
-    """A Selection for each row, by its index, where there is an image: one an image, or one an expression of it."""
-    prune, place = find_pruner(cell.pruner), {image_id: i for i, image_id in enumerate(image_ids)}
-    rows = rows[rows["image_id"].isin(place)]
-    if not by_text:
-        made = select(prune, visual, cell.keep, [image_seed(cell.seed, image_id) for image_id in image_ids])
-        return {row: made[place[image_id]] for row, image_id in rows["image_id"].items()}
-    made = {}
-    for start in range(0, len(rows), batch_size):
-        part = rows.iloc[start : start + batch_size]
-        index = torch.tensor([place[image_id] for image_id in part["image_id"]], device=visual.features.device)
-        pairs = visual.take(index, **model.texts(list(part["expression"])))
-        seeds = [image_seed(cell.seed, image_id) for image_id in part["image_id"]]
-        made |= zip(part.index, select(prune, pairs, cell.keep, seeds))
-    return made
-
-
-def whose(model: Model, dataset: RecDataset, rows: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
-    """The first columns of rows of answers: the model and data they are of, and what was asked."""
+def id_columns(model: Model, dataset: RecDataset, rows: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
+    """The columns that say what a row is of: model, dataset, split, and the expression's own."""
     given = dict(model=model.name, revision=model.revision, dataset=dataset.name, split=dataset.split)
     return pd.DataFrame(given, index=rows.index).join(rows[columns])
 
 
-def _pieces(
-    model: Model,
-    dataset: RecDataset,
+def _tables(
+    run: Run,
     rows: pd.DataFrame,
     images: dict[Any, Image.Image],
     errors: dict[Any, str],
     missing: Sequence[Cell],
-    by_text: dict[tuple, bool],
-    pace: Pace,
-    bar: tqdm,
 ) -> Iterator[tuple[Cell, pd.DataFrame]]:
     """The finished rows of one chunk, cell by cell; images and errors as `_readable` gives them."""
-    encoded = list(_encode(model, images, pace))
+    model, encoded = run.model, list(_encode(run.model, images, run.state))
     unpruned = {image_id: visual.unpruned for image_ids, visual in encoded for image_id in image_ids}
     ask = model.ask if "answer" in rows else model.prompt
     prompts = {expression: ask(expression) for expression in rows["expression"].unique()}
-    made: dict[tuple, dict[Any, Selection]] = {}
+    made: dict[tuple, Chosen] = {}
     for cell in missing:
         key = (cell.pruner, cell.keep, cell.seed)
         if key not in made:
-            made[key] = {
-                row: selection
-                for image_ids, visual in encoded
-                for row, selection in _select(
-                    model, visual, image_ids, rows, cell, by_text[key[:2]], pace.expressions
-                ).items()
-            }
-        once = {id(selection): (selection, rows["image_id"][row]) for row, selection in made[key].items()}
-        done = {
-            name: _place(selection, unpruned[i], cell, image_seed(cell.seed, i))
-            for name, (selection, i) in once.items()
-        }
-        placed = {row: done[id(selection)] for row, selection in made[key].items()}
-        raw, failed = _answers(model, placed, prompts, rows, pace, bar)
+            made[key] = _choose(run, encoded, rows, cell)
+        selections, image_ids, of_row = made[key]
+        placed = [_place(one, unpruned[i], cell, image_seed(cell.seed, i)) for one, i in zip(selections, image_ids)]
+        raw, failed = _answers(run, rows, prompts, placed, of_row)
         answered = dict(
             raw=raw,
             dialect=model.dialect,
             frame=model.frame,
             **cell.columns(),
-            tokens=[float(len(placed[row][0])) if row in placed else float("nan") for row in rows.index],
+            tokens=[float(len(placed[of_row[row]][0])) if row in of_row else float("nan") for row in rows.index],
             tokens_full=[float(len(unpruned[i].visual)) if i in unpruned else float("nan") for i in rows["image_id"]],
             error=[errors.get(i, "") for i in rows["image_id"]] + failed,
         )
-        table = whose(model, dataset, rows, _columns(rows)).assign(**answered)
+        table = id_columns(model, run.dataset, rows, _columns(rows)).assign(**answered)
         yield cell, table.astype({"keep": float}).reset_index(drop=True)
 
 
@@ -383,7 +377,7 @@ def evaluate(
     process works on the same `out`.
     """
     out, grid = Path(out), list(dict.fromkeys(grid))
-    check(grid)
+    check_cells(grid)
     _check_data(dataset)
     for name, size in (("batch_size", batch_size), ("chunk", chunk)):
         if size < 1:
@@ -428,23 +422,37 @@ def evaluate(
         whole |= {"shard": shard, "whole": whole["fingerprint"]}
         whole["fingerprint"] = results.fingerprint([key, whole["cells"], shard])
     out = results.shard_path(out, shard)
-    begun, draft = time.monotonic(), () if "answer" in dataset.rows else form(model)
-    pace = Pace(batch_size, chunk, draft)
+    start, draft = time.monotonic(), () if "answer" in dataset.rows else box_draft(model)
+    state = RunState(batch_size, chunk, draft)
     with results.alone(out):
         if (rows := results.finished(out, whole["fingerprint"])) is None:
-            rows = _run(model, dataset, grid, by_text, out, key, whole, pace, shard, max_failed, progress)
+            with tqdm(unit=" expressions", disable=not progress) as bar:
+                run = Run(
+                    model=model,
+                    dataset=dataset,
+                    grid=grid,
+                    by_text=by_text,
+                    out=out,
+                    key=key,
+                    provenance=whole,
+                    shard=shard,
+                    max_failed=max_failed,
+                    state=state,
+                    bar=bar,
+                )
+                rows = _run(run)
         results.remove_parts(out)
-    print(_summary(model, out, rows, pace, time.monotonic() - begun))
+    print(_summary(model, out, rows, state, time.monotonic() - start))
     return rows
 
 
-def _summary(model: Model, out: Path, rows: pd.DataFrame, pace: Pace, seconds: float) -> str:
+def _summary(model: Model, out: Path, rows: pd.DataFrame, state: RunState, seconds: float) -> str:
     """What a run has done, in a few lines; reasons of failure are counted."""
     invalid = (score_words if "answer" in rows else score)(rows[rows["error"] == ""])["invalid"].sum()
     lines = [
         f"{out.name}: {len(rows)} rows, {rows['image_id'].nunique()} images, {invalid} answers that are none, "
         f"{seconds:.1f} s, {len(rows) / max(seconds, 1e-3):.0f} expressions/s, "
-        f"{pace.tokens / max(seconds, 1e-3):.0f} tokens/s generated"
+        f"{state.tokens / max(seconds, 1e-3):.0f} tokens/s generated"
     ]
     if model.device.type == "cuda":
         lines[0] += f", peak memory {torch.cuda.max_memory_allocated(model.device) / 1e9:.1f} GB"
@@ -453,51 +461,39 @@ def _summary(model: Model, out: Path, rows: pd.DataFrame, pace: Pace, seconds: f
     return "\n".join(lines)
 
 
-def _run(
-    model: Model,
-    dataset: RecDataset,
-    grid: list[Cell],
-    by_text: dict[tuple, bool],
-    out: Path,
-    key: str,
-    provenance: dict,
-    pace: Pace,
-    shard: str,
-    max_failed: float,
-    progress: bool,
-) -> pd.DataFrame:
+def _run(run: Run) -> pd.DataFrame:
     """Work off the shard's pieces that have no part yet, then merge them, cell by cell."""
-    data = dataset.rows.reset_index(drop=True)
-    image_ids, chunk = data["image_id"].unique(), pace.images
+    data, out, grid, state, bar = run.dataset.rows.reset_index(drop=True), run.out, run.grid, run.state, run.bar
+    image_ids, chunk = data["image_id"].unique(), state.images
     chunks = [data[data["image_id"].isin(image_ids[i : i + chunk])] for i in range(0, len(image_ids), chunk)]
-    pieces, (share, of) = list(product(range(len(chunks)), grid)), results.parse_shard(shard)
+    pieces, (share, of) = list(product(range(len(chunks)), grid)), results.parse_shard(run.shard)
     mine = pieces[len(pieces) * (share - 1) // of : len(pieces) * share // of]
 
     def part(number: int, cell: Cell) -> Path:
         return results.parts_folder(out) / f"{number:05d}-{results.fingerprint(cell.columns())}.parquet"
 
-    failed, reason = 0, ""
-    total, reading = sum(len(chunks[number]) for number, _ in mine), {}
-    with ThreadPoolExecutor(1) as reader, tqdm(total=total, unit=" expressions", disable=not progress) as bar:
-        for number, group in groupby(mine, key=itemgetter(0)):
-            rows, done = chunks[number], {cell: results.finished(part(number, cell), key) for _, cell in group}
+    failed, reason, reading = 0, "", {}
+    bar.reset(total=sum(len(chunks[number]) for number, _ in mine))
+    with ThreadPoolExecutor(1) as reader:
+        for number, cells_here in groupby(mine, key=itemgetter(0)):
+            rows, done = chunks[number], {cell: results.finished(part(number, cell), run.key) for _, cell in cells_here}
             missing = [cell for cell, table in done.items() if table is None]
             tables = [table for table in done.values() if table is not None]
             bar.update(sum(map(len, tables)))
             if missing:
                 for i in range(number, min(number + 1, mine[-1][0]) + 1):  # the next images while the model has these
                     if i not in reading:
-                        reading[i] = reader.submit(_readable, model, dataset, chunks[i])
-                readable = reading.pop(number).result()
-                for cell, table in _pieces(model, dataset, rows, *readable, missing, by_text, pace, bar):
-                    results.write_rows(part(number, cell), table, {"fingerprint": key})
+                        reading[i] = reader.submit(_readable, run.model, run.dataset, chunks[i])
+                for cell, table in _tables(run, rows, *reading.pop(number).result(), missing):
+                    results.write_rows(part(number, cell), table, {"fingerprint": run.key})
                     tables.append(table)
             errors = pd.concat(table["error"] for table in tables)
             failed, reason = failed + (errors != "").sum(), max(errors, default="") or reason
-            if failed > max_failed * bar.total:
+            if failed > run.max_failed * bar.total:
                 raise RuntimeError(
-                    f"{failed} of {bar.total} rows have failed, more than the share max_failed={max_failed}; one reason: "
-                    f"{reason}. The rows so far are kept: mend the cause, or give a larger max_failed, and run again"
+                    f"{failed} of {bar.total} rows have failed, more than the share max_failed={run.max_failed}; one "
+                    f"reason: {reason}. The rows so far are kept: mend the cause, or give a larger max_failed, and run "
+                    "again"
                 )
     mine.sort(key=lambda piece: grid.index(piece[1]))  # stable: the chunks of a cell stay in order
-    return results.merge(out, [part(*piece) for piece in mine], provenance)
+    return results.merge(out, [part(*piece) for piece in mine], run.provenance)

@@ -20,7 +20,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from analysis.engine import shared_prefix as cascade
+from analysis.engine import shared_prefix
+from analysis.engine.decode import LanguageModel
 from analysis.models import clip, towers
 from analysis.types import Signals, VisualTokens
 
@@ -30,7 +31,7 @@ SYSTEM = (
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
 # CLS attention needs eager attention in the tower; `decode` needs a decoder that takes a 4-D mask.
-ATTENTION = {"vision_config": "eager", "text_config": cascade.NAME}
+ATTENTION = {"vision_config": "eager", "text_config": shared_prefix.NAME}
 LONGEST = 2**14  # pixels of an image's longer side: its square in RGB takes 0.8 GB
 
 
@@ -54,19 +55,18 @@ def pad_to_square(image: Image.Image, fill: tuple[int, int, int]) -> Image.Image
 
 
 @dataclass(frozen=True, kw_only=True)
-class Model:
+class Model(LanguageModel):
     """A multimodal model ready to answer.
 
     name, revision: which weights; grid: rows, columns of visual tokens (of the whole image, where there are tiles);
-    tower, connector: as `encode` takes them; decoder, head, embed: as `decode.greedy` takes them; image_token: ID that
-    stands for the visual tokens in a tokenized prompt; eos: token ID that ends an answer; mean, std: [3] of the tower's
-    input; layer: hidden layer the connector reads; clip: loads the CLIP whose words the tower's patches compare with;
-    chat: the whole prompt, "{}" for a message; max_new_tokens: enough for a box in a 32k vocabulary.
+    tower, connector: as `encode` takes them; image_token: ID that stands for the visual tokens in a tokenized prompt;
+    mean, std: [3] of the tower's input; layer: hidden layer the connector reads; clip: loads the CLIP whose words the
+    tower's patches compare with; chat: the whole prompt, "{}" for a message. The rest is `decode.LanguageModel`'s;
+    its 40 new tokens are enough for a box in a vocabulary of 32,000.
 
-    Of a family: ask_for: message of any question about one image, rec: of a
-    referring expression, both with the image's words `image` in them and "{}" for the question or expression;
-    marks: the special tokens of `image` that enclose the visual tokens; dialect, frame: names in `rec.boxes`; fill: RGB
-    of the padding.
+    Of a family: ask_for: message of any question about one image, rec: of a referring expression, both with the image's
+    words `image` in them and "{}" for the question or expression; marks: the special tokens of `image` that enclose the
+    visual tokens; dialect, frame: names in `rec.boxes`; fill: RGB of the padding.
     """
 
     name: str
@@ -74,18 +74,13 @@ class Model:
     grid: tuple[int, int]
     tower: nn.Module
     connector: nn.Module
-    decoder: nn.Module
-    head: nn.Module
-    embed: nn.Embedding
     tokenizer: PreTrainedTokenizerBase
     image_token: int
-    eos: int
     layer: int
     clip: Callable[[], clip.Clip]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     chat: str = f"{SYSTEM} USER: {{}} ASSISTANT:"
-    max_new_tokens: int = 40
 
     image: ClassVar[str] = "<image>"
     marks: ClassVar[tuple[str, str] | None] = None

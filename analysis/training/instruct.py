@@ -29,13 +29,12 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from analysis import models
-from analysis.engine.decode import greedy
+from analysis.engine.decode import greedy, prompt_inputs
 from analysis.models.base import ATTENTION, Model
 from analysis.models.clip import load as load_clip
 from analysis.models.minigpt_v2 import MiniGPTv2Config
 from analysis.models.shikra import ShikraConfig
 from analysis.models.stem import GRID, IMAGE, PATCH, eva_from_clip, install_stem
-from analysis.positions import layout
 from analysis.pruning import none, select
 from analysis.rec.boxes import DIALECTS, FRAMES, hit
 from analysis.refstamps.grammar import answer_box, questions, rec_question
@@ -317,15 +316,12 @@ def accuracy(model: Model, scenes: Sequence[Scene]) -> float:
     rng, right = np.random.default_rng(0), []
     pairs = [(s, *pair) for s in scenes if (pair := rec_question(s, rng))]
     for at in range(0, len(pairs), 50):
-        part, embeds, places = pairs[at : at + 50], [], []
+        part, inputs = pairs[at : at + 50], []
         for drawn, expression, _ in part:
             visual = model.encode([drawn.image])
             tokens = select(none.prune, visual, None, [0])[0].features
-            prefix, suffix = model.prompt(expression)
-            embeds.append(torch.cat([model.embed(prefix), tokens, model.embed(suffix)]))
-            index = torch.arange(len(tokens), device=tokens.device)
-            places.append(layout(len(prefix), index, len(tokens), len(suffix)))
-        answers = greedy(model.decoder, model.head, embeds, places, embed=model.embed, max_new_tokens=30, eos=model.eos)
+            inputs.append(prompt_inputs(model.embed, model.prompt(expression), tokens, visual.unpruned).whole)
+        answers = greedy(model, inputs)
         for (drawn, _, truth), answer in zip(part, answers):
             said, size = DIALECTS[model.dialect].parse(model.text(answer)), np.array(drawn.size)
             true = FRAMES["padded"].decode(DIALECTS["llava"].parse(truth), size)

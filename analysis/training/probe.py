@@ -17,9 +17,9 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from analysis.engine.decode import causal_mask
+from analysis.engine.decode import causal_mask, prompt_inputs
 from analysis.models import MODELS, load
-from analysis.positions import assign, sequence_positions
+from analysis.positions import assign
 from analysis.pruning import none, select
 from analysis.rec import datasets
 
@@ -52,12 +52,11 @@ def probe(name: str, images: int = 100, seed: int = 0) -> pd.DataFrame:
         for i, visual in enumerate(seen):
             features = select(none.prune, visual, None, [seed])[0].features
             ids = assign(torch.arange(len(features)), visual.unpruned, spec, seed + i)
-            embeds = torch.cat([model.embed(prefix), features])[None]
-            positions = sequence_positions(len(prefix), ids, 0)[None]
-            mask = causal_mask(torch.ones(1, embeds.shape[1], dtype=torch.bool), embeds.dtype)
+            inputs = prompt_inputs(model.embed, (prefix, prefix[:0]), features, ids).whole
+            mask = causal_mask(torch.ones(1, len(inputs.embeds), dtype=torch.bool), inputs.embeds.dtype)
             out = model.decoder(
-                inputs_embeds=embeds,
-                position_ids=positions,
+                inputs_embeds=inputs.embeds[None],
+                position_ids=inputs.position_ids[None],
                 attention_mask=mask,
                 output_hidden_states=True,
                 use_cache=False,
