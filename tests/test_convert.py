@@ -95,7 +95,9 @@ def minigpt_v2(tmp_path, monkeypatch):
     positions = torch.randn(1, 17, 16)
     wide = torch.nn.functional.interpolate(positions[:, 1:].view(1, 4, 4, 16).permute(0, 3, 1, 2), 8, mode="bicubic")[0]
     tower.embeddings.position_embedding[0] = torch.cat([positions[0, :1], wide.permute(1, 2, 0).reshape(64, 16)])
-    eva = {"pos_embed": positions} | {name: torch.ones(1) for name in ("norm.weight", "head.bias", "fc_norm.bias")}
+    unused = ("norm.weight", "head.bias", "fc_norm.bias", "mask_token", "rel_pos_bias.relative_position_bias_table")
+    unused += ("blocks.0.attn.relative_position_index", "blocks.1.attn.relative_position_bias_table")
+    eva = {"pos_embed": positions} | {name: torch.ones(1) for name in unused}
     for name, weight in tower.state_dict().items():
         for ours, theirs in EVA_NAMES.items():
             name = name.replace(ours, theirs)
@@ -158,6 +160,27 @@ def test_what_the_checkpoint_has_of_the_tower_is_taken(minigpt_v2):
     eva = {name: weight + 1 for name, weight in sources["eva"].items()}
     found = minigpt_v2.weights(own, eva, sources["llama"], minigpt_v2.whole.config, torch.float32)
     torch.testing.assert_close(found, whole)
+
+
+def test_a_state_of_the_whole_model_is_read(minigpt_v2, tmp_path, capsys):
+    """As parallel training saves it: all names begin with "module.", and the frozen weights are there, too."""
+    sources, (weight, bias), norm = minigpt_v2.sources, torch.rand(2, 16), "model.vision_tower.post_layernorm"
+    whole = sources["checkpoint"] | {"ln_vision.weight": weight, "ln_vision.bias": bias}
+    whole |= {f"visual_encoder.{name}": frozen for name, frozen in sources["eva"].items()}
+    for name, frozen in sources["llama"].items():  # newer versions of peft call a layer with LoRA by another name
+        whole[f"llama_model.base_model.model.{name.replace('q_proj.', 'q_proj.base_layer.')}"] = frozen
+    whole = {f"module.{name}": tensor for name, tensor in whole.items()}
+    others = {part: {name: tensor + 1 for name, tensor in sources[part].items()} for part in ("eva", "llama")}
+    found = minigpt_v2.weights(whole, **others, config=minigpt_v2.whole.config, dtype=torch.float32)
+    expected = dict(minigpt_v2.whole.state_dict()) | {f"{norm}.weight": weight, f"{norm}.bias": bias}
+    torch.testing.assert_close(found, expected)
+    torch.save(whole, tmp_path / "checkpoint")  # without "model" around it
+    convert.main([*minigpt_v2.command, "--dtype", "float32"])
+    assert "has no ln_vision" not in capsys.readouterr().out
+    assert models.load(minigpt_v2.out, device="cpu").tower.state_dict()["post_layernorm.bias"].equal(bias)
+    eight_bits = {"module.llama_model.base_model.model.model.layers.0.mlp.gate_proj.SCB": bias}
+    with pytest.raises(ValueError, match="Llama-2 does not .*; left over: model.layers.0.mlp.gate_proj.SCB$"):
+        minigpt_v2.weights(whole | eight_bits, **others, config=minigpt_v2.whole.config)
 
 
 def test_weights_that_do_not_fit_are_refused(shikra, minigpt_v2):

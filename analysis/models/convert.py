@@ -82,7 +82,8 @@ MINIGPT_V2_NAMES = (
 # keys that are known and not needed, as patterns
 BUFFERS = r"\.rotary_emb\.inv_freq$"  # saved by old transformers, computed by new
 CLIP_UNUSED = r"position_ids$|^text_model\.|^(text|visual)_projection\.|^logit_scale$"
-EVA_UNUSED = r"^(norm|fc_norm|head)\."  # upstream's tower ends with its blocks
+# upstream's tower ends with its blocks, and has neither masks nor relative positions
+EVA_UNUSED = r"^(norm|fc_norm|head)\.|^mask_token$|^rel_pos|\.relative_position_(index|bias_table)$"
 
 
 def names_and_shapes(
@@ -168,9 +169,22 @@ def resized_positions(positions: Tensor, grid: int) -> Tensor:
     return torch.cat([cls, image.flatten(2).transpose(1, 2)], dim=1)
 
 
+LLAMA = "llama_model.base_model.model."  # what stands before Llama's own names in a MiniGPT checkpoint
+
+
+def _plain(checkpoint: Weights) -> dict[str, Tensor]:
+    """A MiniGPT checkpoint without what parallel training and other versions of peft write into its names."""
+
+    def plain(name: str) -> str:
+        name = name.removeprefix("module.").replace(".base_layer.", ".")
+        return re.sub(r"(\.lora_[AB])\.default\.weight$", r"\1.weight", name)
+
+    return {plain(name): weight for name, weight in checkpoint.items()}
+
+
 def _lora(name: str, side: str) -> str:
     """Upstream's name of one of the two matrices, "A" or "B", that change a weight of Llama."""
-    return f"llama_model.base_model.model.{name.removesuffix('weight')}lora_{side}.weight"
+    return f"{LLAMA}{name.removesuffix('weight')}lora_{side}.weight"
 
 
 def minigpt_v2_weights(
@@ -184,8 +198,9 @@ def minigpt_v2_weights(
 ) -> dict[str, Tensor]:
     """The weights of `MiniGPTv2ForConditionalGeneration` from dictionaries in upstream's names.
 
-    LoRA is merged: W [D, D] + alpha / rank * B [D, rank] @ A [rank, D], in float32; EVA's weights that the checkpoint
-    has, too, are the checkpoint's. Raises ValueError where a dictionary is not as `config` wants it.
+    LoRA is merged: W [D, D] + alpha / rank * B [D, rank] @ A [rank, D], in float32; EVA's and Llama's weights that the
+    checkpoint has, too (a state of the whole model), are the checkpoint's. Raises ValueError where a dictionary is not
+    as `config` wants it.
     """
     names = names_and_shapes(MiniGPTv2ForConditionalGeneration, config, MINIGPT_V2_NAMES)
     shapes, vision = dict(names.values()), config.vision_config
@@ -199,9 +214,10 @@ def minigpt_v2_weights(
         outputs, inputs = base[name]
         own |= {_lora(name, "A"): (rank, inputs), _lora(name, "B"): (outputs, rank)}
 
-    checkpoint = {name.replace(".default.weight", ".weight"): weight for name, weight in checkpoint.items()}
-    prefix = "visual_encoder."
+    checkpoint, prefix = _plain(checkpoint), "visual_encoder."
     eva = dict(eva) | {n.removeprefix(prefix): weight for n, weight in checkpoint.items() if n.startswith(prefix)}
+    frozen = [name for name in checkpoint if name.startswith(LLAMA) and name not in own]
+    llama = dict(llama) | {name.removeprefix(LLAMA): checkpoint.pop(name) for name in frozen}
     if "pos_embed" in eva:
         eva["pos_embed"] = resized_positions(eva["pos_embed"], vision.image_size // vision.patch_size)
     llama = checked(llama, base, "Llama-2", BUFFERS)
@@ -348,9 +364,8 @@ def minigpt_v2(checkpoint: Path, eva: Path, llama: Path, out: Path, dtype: str =
     refuse_full(out)
     text, tokenizer = read_config(LlamaConfig, llama, pad_token_id=None), read_tokenizer(llama)
     held = read(checkpoint)
-    if not isinstance(held, dict) or "model" not in held:
-        raise ValueError(f"{checkpoint} should hold the weights at 'model', as MiniGPT-v2's checkpoint does")
-    own = tensors(held["model"], checkpoint)
+    # weights alone, or a training state, which has them at "model"
+    own = _plain(tensors(held["model"] if isinstance(held, dict) and "model" in held else held, checkpoint))
     if not any(name.startswith("ln_vision.") for name in own):
         # upstream freezes this norm as it is made, and saves only what it trains
         print(f"{checkpoint} has no ln_vision: the norm after the tower gets upstream's initial weight 1 and bias 0")
