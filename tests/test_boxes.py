@@ -59,7 +59,7 @@ def test_frames_by_hand_and_batched():
     assert (FRAMES["padded"].decode([0, 0, 1, 1], [400, 200]) == [0, -100, 400, 300]).all()  # no clipping
 
 
-@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("dialect", [name for name in DIALECTS if name != "qwen2_5_vl"])  # which is in pixels
 @given(box=boxes(unit), around=st.text(st.characters(exclude_characters="["), max_size=20))
 def test_a_formatted_box_parses_back(dialect, box, around):
     written = DIALECTS[dialect].format(box)

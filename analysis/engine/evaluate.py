@@ -30,7 +30,7 @@ from analysis.models import Model
 from analysis.positions import ORDERS, assign, parse_spec, reorder
 from analysis.pruning import Pruner, select
 from analysis.pruning import pruner as find_pruner
-from analysis.rec.boxes import DIALECTS
+from analysis.rec.boxes import DIALECTS, frame
 from analysis.rec.scoring import check_boxes, score, score_words
 from analysis.types import Cell, Ids, Selection, Signals, VisualTokens
 
@@ -170,7 +170,8 @@ def box_draft(model: Model) -> list[int]:
 
     The same in every run, for what is tried ahead moves the last bit of a logit, and in 16 bits near ties with it.
     """
-    boxes = np.random.default_rng(0).uniform(0.1, 0.99, (100, 4))
+    size = np.array([1000, 1000])
+    boxes = frame(model.frame).encode(1000 * np.random.default_rng(0).uniform(0.1, 0.99, (100, 4)), size)
     written = map(DIALECTS[model.dialect].format, boxes)
     return draft_from([model.tokenizer.encode(text, add_special_tokens=False) for text in written])
 

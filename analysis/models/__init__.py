@@ -17,7 +17,7 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from safetensors import safe_open
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from analysis.models import llava, llava_next, minigpt_v2, shikra
+from analysis.models import llava, llava_next, minigpt_v2, qwen2_5_vl, shikra
 from analysis.models.base import ATTENTION, Model
 from analysis.registry import pick
 
@@ -31,7 +31,13 @@ MODELS: dict[str, Path] = {
 }
 
 # config.json's model_type -> module with whole_class(config) and assemble(whole, source, name, revision, device)
-FAMILIES = {"llava": llava, "llava_next": llava_next, "shikra": shikra, "minigpt_v2": minigpt_v2}
+FAMILIES = {
+    "llava": llava,
+    "llava_next": llava_next,
+    "shikra": shikra,
+    "minigpt_v2": minigpt_v2,
+    "qwen2_5_vl": qwen2_5_vl,
+}
 
 
 class Known(NamedTuple):
@@ -60,6 +66,8 @@ KNOWN: dict[str, Known] = {  # by their name on the Hugging Face hub, where they
     "Shikra-7B": Known(
         7.05, "256", None, "LLaMA, non-commercial", True, "python -m analysis.models.convert shikra --help"
     ),
+    "Qwen/Qwen2.5-VL-3B-Instruct": Known(3.75, "391 at 640 x 480", 7.5, "Qwen Research"),
+    "Qwen/Qwen2.5-VL-7B-Instruct": Known(8.29, "391 at 640 x 480", 16.6, "Apache 2.0"),
     "MiniGPT-v2": Known(7.8, "256", None, "Llama 2", True, "python -m analysis.models.convert minigpt-v2 --help"),
 }
 

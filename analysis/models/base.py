@@ -58,11 +58,11 @@ def pad_to_square(image: Image.Image, fill: tuple[int, int, int]) -> Image.Image
 class Model(LanguageModel):
     """A multimodal model ready to answer.
 
-    name, revision: which weights; grid: rows, columns of visual tokens (of the whole image, where there are tiles);
-    tower, connector: as `encode` takes them; image_token: ID that stands for the visual tokens in a tokenized prompt;
-    mean, std: [3] of the tower's input; layer: hidden layer the connector reads; clip: loads the CLIP whose words the
-    tower's patches compare with; chat: the whole prompt, "{}" for a message. The rest is `decode.LanguageModel`'s;
-    its 40 new tokens are enough for a box in a vocabulary of 32,000.
+    name, revision: which weights; grid: rows, columns of visual tokens (of the whole image, where there are tiles;
+    None where they vary by image); tower, connector: as `encode` takes them; image_token: ID that stands for the
+    visual tokens in a tokenized prompt; mean, std: [3] of the tower's input; layer: hidden layer the connector reads;
+    clip: loads the CLIP whose words the tower's patches compare with; chat: the whole prompt, "{}" for a message. The
+    rest is `decode.LanguageModel`'s; its 40 new tokens are enough for a box in a vocabulary of 32,000.
 
     Of a family: ask_for: message of any question about one image, rec: of a referring expression, both with the image's
     words `image` in them and "{}" for the question or expression; marks: the special tokens of `image` that enclose the
@@ -71,7 +71,7 @@ class Model(LanguageModel):
 
     name: str
     revision: str
-    grid: tuple[int, int]
+    grid: tuple[int, int] | None
     tower: nn.Module
     connector: nn.Module
     tokenizer: PreTrainedTokenizerBase

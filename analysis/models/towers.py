@@ -198,28 +198,38 @@ def _idefics3(model: nn.Module, output: Any, inputs: Mapping[str, Any], clip: Ca
     return [[next(units) for _ in range(len(sample) // features.shape[1])] for sample in output.pooler_output]
 
 
-def _qwen(model: nn.Module, output: Any, inputs: Mapping[str, Any], clip: Callable[[], Clip]) -> Units:
-    """The tower's last states, four patches to a token; Qwen2.5-VL leaves them in window order, which is undone."""
-    tower, grids = model.base_model.visual, inputs["image_grid_thw"]
+def merged_patches(tower: nn.Module, states: Tensor, grids: Tensor) -> Tensor:
+    """[N, merge**2 * C] patches of each token of Qwen's tower, all images one after the other in raster order.
+
+    states: [N * merge**2, C], its last ones, which Qwen2.5-VL leaves in window order; grids: [B, 3] of patches (t, h,
+    w).
+    """
     merge = tower.spatial_merge_size
-    read = output.last_hidden_state.reshape(-1, merge**2 * output.last_hidden_state.shape[-1])
-    if hasattr(tower, "window_size"):
-        window, _ = get_vision_window_index(grids, merge, tower.window_size, tower.patch_size)
-        read = read[window.to(read.device).argsort()]
+    patches = states.reshape(-1, merge**2 * states.shape[-1])
+    if not hasattr(tower, "window_size"):
+        return patches
+    window, _ = get_vision_window_index(grids, merge, tower.window_size, tower.patch_size)
+    return patches[window.to(patches.device).argsort()]
 
-    def connect(patches: Tensor) -> Tensor:
-        """[..., merge**2 * C] -> [..., D]"""
-        return tower.merger(patches.reshape(-1, patches.shape[-1] // merge**2)).view(*patches.shape[:-1], -1)
 
+def merger(tower: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Qwen's connector as `VisualTokens.connect`: [..., merge**2 * C] -> [..., D]."""
+    group = tower.spatial_merge_size**2
+    return lambda patches: tower.merger(patches.reshape(-1, patches.shape[-1] // group)).view(*patches.shape[:-1], -1)
+
+
+def _qwen(model: nn.Module, output: Any, inputs: Mapping[str, Any], clip: Callable[[], Clip]) -> Units:
+    tower, grids = model.base_model.visual, inputs["image_grid_thw"]
+    patches, merge = merged_patches(tower, output.last_hidden_state, grids), tower.spatial_merge_size
     made, start = [], 0
     for features, (frames, rows, columns) in zip(output.pooler_output, grids.tolist()):
         if frames != 1:
             raise ValueError(f"an image of {frames} frames cannot be pruned; only still images can")
         here = slice(start, start := start + len(features))
-        signals = Signals(patches=lambda here=here: read[None, here])
+        signals = Signals(patches=lambda here=here: patches[None, here])
         grid = rows // merge, columns // merge
         ids = grid_ids(*grid, device=features.device)
-        made.append([VisualTokens(features[None], grid, signals, connect, ids=ids)])
+        made.append([VisualTokens(features[None], grid, signals, merger(tower), ids=ids)])
     return made
 
 

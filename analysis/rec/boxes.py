@@ -6,8 +6,10 @@ pixels of the original image. Leading dimensions broadcast.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
+from math import ceil, floor, sqrt
 from typing import NamedTuple
 
 import numpy as np
@@ -21,7 +23,8 @@ Boxes = NDArray[np.float64]
 class Frame(NamedTuple):
     """The image a model's fractions refer to; a box beyond that image becomes fractions outside 0..1, unclipped.
 
-    encode(boxes_px [..., 4], sizes [..., 2]) -> fractions [..., 4]; decode is its inverse.
+    encode(boxes_px [..., 4], sizes [..., 2]) -> fractions [..., 4]; decode is its inverse. In "resized_pixels" the
+    numbers are pixels of that image, not fractions.
     """
 
     encode: Callable[[ArrayLike, ArrayLike], Boxes]
@@ -56,6 +59,44 @@ def _frame(layout: Callable[[ArrayLike], tuple]) -> Frame:
     return Frame(encode, decode)
 
 
+def resized_to_tokens(size: tuple[float, float], side: int, fewest: int, most: int) -> tuple[int, int]:
+    """Width and height that Qwen2.5-VL resizes an image of this size to.
+
+    Multiples of a token's `side`, the nearest ones, halves to even, as long as the area is within `fewest` and `most`
+    pixels; else both sides are first scaled to that bound, then rounded down or up. Raises ValueError for an image more
+    than 200 times as long as wide.
+    """
+    width, height = size
+    if max(size) > 200 * min(size):
+        raise ValueError(
+            f"an image of {width:g} x {height:g} pixels is too thin; at most a side is 200 times the other"
+        )
+    wide, high = (round(length / side) * side for length in size)
+    if wide * high > most:
+        scale = sqrt(width * height / most)
+        wide, high = (max(side, floor(length / scale / side) * side) for length in size)
+    elif wide * high < fewest:
+        scale = sqrt(fewest / (width * height))
+        wide, high = (ceil(length * scale / side) * side for length in size)
+    return wide, high
+
+
+def _resized_pixels(side: int, fewest: int, most: int) -> Frame:
+    """Pixels of the image that `resized_to_tokens` makes; see there for the arguments."""
+
+    def ratio(sizes: ArrayLike) -> Boxes:
+        sizes = np.asarray(sizes, dtype=np.float64)
+        flat = sizes.reshape(-1, 2)
+        known = {size: resized_to_tokens(size, side, fewest, most) for size in set(map(tuple, flat.tolist()))}
+        made = np.array([known[size] for size in map(tuple, flat.tolist())], dtype=np.float64)
+        return _twice((made.reshape(flat.shape) / flat).reshape(sizes.shape))
+
+    return Frame(
+        lambda boxes_px, sizes: np.asarray(boxes_px, dtype=np.float64) * ratio(sizes),
+        lambda boxes, sizes: np.asarray(boxes, dtype=np.float64) / ratio(sizes),
+    )
+
+
 # "resized" and "original" compute the same. Two names because they claim different things: "resized" is what a model
 # that sees the plainly resized image answers in; "original" is what lmms-eval assumes of every model, padded or not.
 FRAMES: dict[str, Frame] = {
@@ -63,6 +104,21 @@ FRAMES: dict[str, Frame] = {
     "resized": _frame(_stretch),  # MiniGPT-v2
     "original": _frame(_stretch),
 }
+
+
+def frame(name: str) -> Frame:
+    """The frame of a name in `FRAMES`, or "resized_pixels:side,fewest,most" of a model that answers in pixels of its
+    own resized image (Qwen2.5-VL; see `resized_to_tokens`). Raises ValueError for any other."""
+    base, colon, written = str(name).partition(":")
+    if base != "resized_pixels":
+        return pick(FRAMES, name, "frame")
+    numbers = re.fullmatch(r"([1-9][0-9]{0,8}),([0-9]{1,9}),([1-9][0-9]{0,9})", written)
+    if not colon or not numbers:
+        raise ValueError(
+            f"'resized_pixels' needs a token's side and the fewest and most pixels, as in "
+            f"'resized_pixels:28,3136,1003520', got {name!r:.80}"
+        )
+    return _resized_pixels(*map(int, numbers.groups()))
 
 
 class Dialect(NamedTuple):
@@ -137,6 +193,30 @@ def parse_minigpt_v2(text: str) -> Boxes | None:
     return _ordered(np.array(found.groups(), dtype=np.float64) / 100) if found else None
 
 
+_JSON_BOX = re.compile(rf'"bbox_2d"\s*+:\s*+\[{",".join([_NUMBER] * 4)}\]')
+
+
+def format_qwen2_5_vl(box: ArrayLike) -> str:
+    """{"bbox_2d": [12, 34, 56, 78]}: pixels [4], whole ones. ValueError unless four finite numbers."""
+    box = np.asarray(box, dtype=np.float64)
+    if box.shape != (4,) or not np.isfinite(box).all():
+        raise ValueError(f"a box is four finite numbers x1, y1, x2, y2, not {box.tolist()}")
+    return '{"bbox_2d": [' + ", ".join(str(round(x)) for x in box.clip(min=0)) + "]}"
+
+
+def parse_qwen2_5_vl(text: str) -> Boxes | None:
+    """The first "bbox_2d": [x1, y1, x2, y2] in the text, in pixels of the resized image, float64 [4].
+
+    Lenient as `parse_llava`; what stands around it need not be JSON, for long answers are cut off. None where there is
+    none, where a number is negative, or x2 < x1 or y2 < y1.
+    """
+    found = _JSON_BOX.search(text)
+    if not found:
+        return None
+    box = np.array(found.groups(), dtype=np.float64)
+    return box if (box >= 0).all() and (box[:2] <= box[2:]).all() else None
+
+
 # Possessive, too, where upstream's patterns are not: what they match is the same.
 _LMMS_NUMBER = r"(-?\d++(?:\.\d++)?+)"
 _LMMS_LIST = re.compile(rf"\[\s*+{_LMMS_NUMBER},\s*+{_LMMS_NUMBER},\s*+{_LMMS_NUMBER},\s*+{_LMMS_NUMBER}\s*+\]")
@@ -177,11 +257,26 @@ def strict_minigpt_v2(text: str) -> Boxes | None:
     return np.array([int(number) / 100 for number in numbers]) if len(numbers) == 4 else None
 
 
+def strict_qwen2_5_vl(text: str) -> Boxes | None:
+    """The first object's box where the answer, without a fence around it, is JSON; else None.
+
+    Scripts that read such answers load them as JSON; none of Qwen's own for these numbers is known.
+    """
+    try:
+        found = json.loads(re.sub(r"^\s*```(?:json)?|```\s*$", "", text))
+        found = found[0] if isinstance(found, list) else found
+        box = np.array(found["bbox_2d"], dtype=np.float64)
+    except (ValueError, TypeError, KeyError, IndexError, RecursionError, OverflowError):
+        return None
+    return box if box.shape == (4,) and np.isfinite(box).all() else None
+
+
 DIALECTS: dict[str, Dialect] = {
     "llava": Dialect(format_llava, parse_llava, "ge", strict_llava),
     # lenient parsing is LLaVA's: the two differ in decimals and spaces only
     "shikra": Dialect(format_shikra, parse_llava, "gt", strict_shikra),
     "minigpt_v2": Dialect(format_minigpt_v2, parse_minigpt_v2, "plus_one", strict_minigpt_v2),
+    "qwen2_5_vl": Dialect(format_qwen2_5_vl, parse_qwen2_5_vl, "ge", strict_qwen2_5_vl),  # in pixels, not fractions
 }
 
 # How an answer becomes a box: `Dialect.parse` finds one wherever the text has one, and so measures where a model

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from analysis.rec.boxes import DIALECTS, FRAMES, hit
+from analysis.rec.boxes import DIALECTS, hit
+from analysis.rec.boxes import frame as find_frame
 from analysis.rec.scoring import SIZE, TRUTH
 from analysis.registry import pick
 
@@ -24,7 +25,7 @@ def chance(rows: pd.DataFrame, frame: str = "padded", convention: str | None = N
     one = rows.drop_duplicates(["image_id", "ref_id", "sent_id"])
     one = one.sample(min(most, len(one)), random_state=0)
     sizes, truth = one[SIZE].to_numpy(np.float64), one[TRUTH].to_numpy(np.float64)
-    images, layout = pd.factorize(one["image_id"])[0], pick(FRAMES, frame, "frame")
+    images, layout = pd.factorize(one["image_id"])[0], find_frame(frame)
     answers, hits, pairs = layout.encode(truth, sizes), 0, 0
     for image, size, box in zip(images, sizes, truth):
         others = images != image

@@ -12,7 +12,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import pandas as pd
 
-from analysis.rec.boxes import CONVENTIONS, DIALECTS, FRAMES, PARSINGS, hit
+from analysis.rec.boxes import CONVENTIONS, DIALECTS, PARSINGS, hit
+from analysis.rec.boxes import frame as find_frame
 from analysis.registry import pick
 from analysis.stats import rate_interval
 
@@ -103,7 +104,7 @@ def score(
     fractions, pixels = _parse(rows, parsing), np.full((len(rows), 4), np.nan)
     frames = rows["frame"] if frame is None else pd.Series(frame, index=rows.index)
     for name, here in _by_name(frames):
-        pixels[here] = pick(FRAMES, name, "frame").decode(fractions[here], sizes[here])
+        pixels[here] = find_frame(name).decode(fractions[here], sizes[here])
     overlap, correct = np.zeros(len(rows)), np.zeros(len(rows), dtype=bool)
     for name, here in _by_name(rows["dialect"].map(lambda dialect: convention or DIALECTS[dialect].convention)):
         overlap[here], correct[here] = hit(pixels[here], truth[here], name)
@@ -166,6 +167,6 @@ def perfect_answers(rows: pd.DataFrame, frame: str = "padded", dialect: str = "l
     Raises ValueError for missing columns, unknown names and impossible ground truth.
     """
     check_boxes(rows)
-    encode, write = pick(FRAMES, frame, "frame").encode, pick(DIALECTS, dialect, "dialect").format
+    encode, write = find_frame(frame).encode, pick(DIALECTS, dialect, "dialect").format
     boxes = encode(rows[TRUTH].to_numpy(np.float64), rows[SIZE].to_numpy(np.float64))
     return rows.assign(raw=list(map(write, boxes)), dialect=dialect, frame=frame, tokens=0, tokens_full=1)

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from analysis.rec.boxes import DIALECTS, FRAMES
+from analysis.rec.boxes import DIALECTS
+from analysis.rec.boxes import frame as find_frame
 from analysis.refstamps.scenes import Object, Scene, rng_for
 from analysis.refstamps.stamps import colours, nouns, plural
 
@@ -192,7 +193,9 @@ LIST = "List the objects in the image."
 
 def answer_box(scene: Scene, i: int, frame: str = "padded", dialect: str = "llava") -> str:
     """An object's box as the model is to write it."""
-    return DIALECTS[dialect].format(FRAMES[frame].encode(np.array(scene.objects[i].box, float), np.array(scene.size)))
+    return DIALECTS[dialect].format(
+        find_frame(frame).encode(np.array(scene.objects[i].box, float), np.array(scene.size))
+    )
 
 
 Write = Callable[[Scene, int], str]  # how a model writes an object's box

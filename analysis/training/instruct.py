@@ -37,6 +37,7 @@ from analysis.models.shikra import ShikraConfig
 from analysis.models.stem import GRID, IMAGE, PATCH, eva_from_clip, install_stem
 from analysis.pruning import none, select
 from analysis.rec.boxes import DIALECTS, FRAMES, hit
+from analysis.rec.boxes import frame as find_frame
 from analysis.refstamps.grammar import answer_box, questions, rec_question
 from analysis.refstamps.scenes import Scene, scene
 from analysis.training import loop
@@ -325,7 +326,7 @@ def accuracy(model: Model, scenes: Sequence[Scene]) -> float:
         for (drawn, _, truth), answer in zip(part, answers):
             said, size = DIALECTS[model.dialect].parse(model.text(answer)), np.array(drawn.size)
             true = FRAMES["padded"].decode(DIALECTS["llava"].parse(truth), size)
-            right.append(said is not None and bool(hit(FRAMES[model.frame].decode(said, size), true)[1]))
+            right.append(said is not None and bool(hit(find_frame(model.frame).decode(said, size), true)[1]))
     return round(float(np.mean(right)), 4)
 
 
