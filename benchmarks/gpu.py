@@ -11,10 +11,11 @@ so that a run that is cut off still counts. A step that fails says so in one lin
   prefill   GAP against compact IDs, time and memory; a pruned prefill against what its FLOPs promise
   engine    six methods x {compact, GAP} and the unpruned model, seven expressions an image: the engine against a loop
             of `generate` for one expression at a time, and against `generate` in batches
-  kernels   which kernels run under our masks, how busy the GPU is; the flash kernels under IDs that have gaps
+  kernels   which attention kernels run under our masks, where the time goes, and how busy the GPU is
   decode    time of a decoding step, and its share of the memory's bandwidth
   rows      tiny-llava's answers on this device in float32, bfloat16 and float16 against the CPU's in float32
   tests     pytest -m gpu, at the same time as `rows`
+  flash     the flash kernels under IDs that have gaps: right, wrong or refused
   fastv     pruning inside the decoder, where this version has it
   qwen      the same prefills for a random Qwen2.5-VL-7B, where this version has the family
   train     the command given with --train, for what is left of the time
@@ -507,6 +508,11 @@ class Bench:
         """Per expression and cell: the engine first, then what it is compared with, for as long as the time allows."""
         model, size = self._model(), self.size
         images, tokens = size["images"], model.max_new_tokens
+        trial = scenes(model, size, images, False)
+        run = partial(run_engine, model, trial, [GAP], len(trial.rows))
+        seconds = min(timed(self.device, run) for _ in range(1 if self.tiny else 2))  # the first warms up
+        while images > 4 and seconds * len(GRID) * 1.5 > 40:  # an all too slow machine: fewer images
+            images, seconds = images // 2, seconds / 2
         batch = images * size["expressions"]
         questions, boxes = (scenes(model, size, images, kind) for kind in (False, True))
         found = self._engine(model, questions, batch, "engine", f"no drafts, {tokens} tokens an answer")
@@ -658,7 +664,6 @@ class Bench:
                 if name == "loop":
                     self._profile("loop", runs[1])
                 self._steps(name, runs, 6)
-        self._flash(model, data)
 
     def _kernels(self, run: Callable[[], object]) -> tuple[dict[str, tuple[float, int]], float]:
         """Seconds and number of runs of each kernel (on a CPU: of each operator) during one call, and its seconds."""
@@ -701,13 +706,14 @@ class Bench:
         self.report.add(f"busy_{name}", total / wall, f"of {wall:.2f} s in kernels", listed(ranked[:10]), n=calls)
 
     @torch.inference_mode()
-    def _flash(self, model: models.Model, data: Any) -> None:
+    def flash(self) -> None:
         """Whether the flash kernels are right under IDs with gaps, or are refused: with our mask, and without one."""
-        row = data.rows[:1]
+        model = self._model()
+        data = scenes(model, self.size, 1, False)
         visual = model.encode([data.image(0)])
         visual = visual.take(torch.tensor([0], device=model.device))
         chosen = select(pruner(GAP.pruner), visual, GAP.keep, [0])
-        prompts = [model.ask(row["expression"].iloc[0])]
+        prompts = [model.ask(data.rows["expression"][0])]
         (one,) = whole_prompts(model, chosen, visual.unpruned, prompts, GAP)
         right = prefill(model, [one])[0].float()
         compact = torch.arange(len(one.embeds), device=model.device)
@@ -781,6 +787,8 @@ class Bench:
         self.report.about |= dict(model="tiny-llava")
         kinds = KINDS[:2] if self.tiny else KINDS
         here = {kind: answers(self.device, kind, images) for kind in kinds}
+        if self.device == "cuda":  # cuDNN's own choice for float32, which `answers` does not leave it
+            here["tf32"] = answers(self.device, "float32", images, tf32=True)
         cpu = self._cpu_rows()
         for kind, found in here.items():
             equal = (found["raw"].to_numpy() == cpu["raw"].to_numpy()).astype(float)
@@ -859,10 +867,14 @@ def short_name(kernel: str) -> str:
     return (kernel if len(name) < 4 else name)[-90:]
 
 
-def answers(device: str, dtype: str, images: int) -> pd.DataFrame:
-    """Scored rows of tiny-llava on RefStamps."""
-    model = models.load("tiny-llava", device=device, dtype=dtype)
-    return score(run_engine(model, datasets.load("refstamps", "val", images), TINY_GRID, 100))
+def answers(device: str, dtype: str, images: int, tf32: bool = False) -> pd.DataFrame:
+    """Scored rows of tiny-llava on RefStamps. tf32: whether convolutions may use it where the dtype is float32."""
+    usual, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, tf32
+    try:
+        model = models.load("tiny-llava", device=device, dtype=dtype)
+        return score(run_engine(model, datasets.load("refstamps", "val", images), TINY_GRID, 100))
+    finally:
+        torch.backends.cudnn.allow_tf32 = usual
 
 
 def random_qwen(size: dict, device: str, dtype: torch.dtype, folder: Path, tiny: bool) -> models.Model:
@@ -947,6 +959,7 @@ STEPS = {
     "decode": (30, 8),
     "rows": (40, 5),
     "tests": (60, 5),
+    "flash": (10, 3),
     "fastv": (20, 6),
     "qwen": (40, 15),
 }
