@@ -359,3 +359,19 @@ def test_prompts_share_words_and_images_and_answer_as_alone():
 
 def test_rows_with_equal_keys_form_a_group():
     assert grouped("abcab") == ([0, 1, 2], [0, 1, 2, 0, 1]) and grouped([]) == ([], [])
+
+
+@pytest.mark.parametrize("owner", [[0, 0, 1, 1], [0, 0, 0], [0, 1, 2], [0, 1, 0, 1], [1, 1, 0], [0, 0, 1]])
+def test_sequences_in_the_order_of_their_prefixes_are_not_gathered(owner):
+    """`even` saves the gathering of rows, and is only set where that would change nothing."""
+    prefixes = max(owner) + 1
+    shared = shared_prefix.SharedPrefix.of(None, torch.zeros(prefixes, 1, 1, 3), torch.tensor(owner))
+    assert shared.even == (owner == sorted(owner) and len(owner) % prefixes == 0)
+    gathered = shared._replace(even=False)
+    rows = torch.randn(len(owner), 2, 4, 7)
+    asked = shared.by_prefix(rows)
+    assert torch.equal(asked, gathered.by_prefix(rows))
+    assert torch.equal(shared.by_sequence(asked), rows) and torch.equal(gathered.by_sequence(asked), rows)
+    for number in range(prefixes):
+        mine = rows[torch.tensor(owner) == number].transpose(0, 1).flatten(1, 2)
+        assert torch.equal(asked[number, :, : mine.shape[1]], mine)

@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 
 from analysis import ROOT
+from analysis.models.base import ATTENTION
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +96,7 @@ def test_attention_is_the_engines_again_after_a_step_is_cut_off(gpu, tmp_path):
     with pytest.raises(gpu.Late), gpu.library_attention(model) as whole:
         assert whole.config._attn_implementation == "sdpa" and whole.device.type == "cpu"
         raise gpu.Late
-    assert model.decoder.config._attn_implementation == "cascade"
+    assert model.decoder.config._attn_implementation == ATTENTION["text_config"]
 
 
 def test_training_is_ended_in_time_with_all_that_it_started(gpu, tmp_path):

@@ -25,7 +25,8 @@ class SharedPrefix(NamedTuple):
 
     cache: keys and values [M, H, C, d] of each layer; mask: [M, 1, 1, C], additive, lowest for padding; owner: [B]
     int64, the prefix that each sequence continues; slots: [M, E] the sequences of each prefix, filled up with 0; place:
-    [B], where a sequence stands among the M * E slots.
+    [B], where a sequence stands among the M * E slots; even: whether that is where it stands anyway, E for each prefix,
+    so that nothing is gathered (in every layer and step, where a GPU waits for kernels more than for their work).
     """
 
     cache: Cache
@@ -33,6 +34,7 @@ class SharedPrefix(NamedTuple):
     owner: Tensor
     slots: Tensor
     place: Tensor
+    even: bool
 
     @classmethod
     def of(cls, cache: Cache, mask: Tensor, owner: Tensor) -> SharedPrefix:
@@ -43,7 +45,8 @@ class SharedPrefix(NamedTuple):
         slots = torch.zeros(len(mask), int(counts.max()), dtype=torch.int64, device=owner.device)
         slots[owner[order], first] = order
         place = torch.empty_like(owner).scatter(0, order, owner[order] * slots.shape[1] + first)
-        return cls(cache, mask, owner, slots, place)
+        even = slots.numel() == len(owner) and bool((place == torch.arange(len(owner), device=owner.device)).all())
+        return cls(cache, mask, owner, slots, place, even)
 
     def take(self, index: Tensor) -> SharedPrefix:
         """The same prefixes, continued by the sequences `index`, which may repeat."""
@@ -51,11 +54,13 @@ class SharedPrefix(NamedTuple):
 
     def by_prefix(self, rows: Tensor) -> Tensor:
         """[B, H, Q, x] of the sequences -> [M, H, E * Q, x] of the prefixes."""
-        return rows[self.slots].transpose(1, 2).flatten(2, 3)
+        slots = rows.unflatten(0, self.slots.shape) if self.even else rows[self.slots]
+        return slots.transpose(1, 2).flatten(2, 3)
 
     def by_sequence(self, rows: Tensor) -> Tensor:
         """[M, H, E * Q, x] of the prefixes -> [B, H, Q, x] of the sequences."""
-        return rows.unflatten(2, (self.slots.shape[1], -1)).transpose(1, 2).flatten(0, 1)[self.place]
+        slots = rows.unflatten(2, (self.slots.shape[1], -1)).transpose(1, 2).flatten(0, 1)
+        return slots if self.even else slots[self.place]
 
 
 def attend(
