@@ -20,14 +20,8 @@ setup: .venv/ready  ## make .venv with what pyproject.toml lists, in the version
 	$(BIN)/python -m pip install --quiet --constraint requirements.lock --editable '.[paper,test]'
 	touch $@
 
-paper: .venv/ready .snakemake/begun  ## regenerate every figure and table (what is up to date is left alone)
-	$(BIN)/snakemake --profile profiles/local
-
-# The first run in a clone sets the tracked rows and figures aside, so that everything is really regenerated: git gives
-# files no dates to tell stale ones by (git checkout brings the tracked ones back)
-.snakemake/begun:
-	rm -f papermill_runs/*/*.parquet figures/*.*
-	mkdir -p .snakemake && touch $@
+paper: .venv/ready  ## regenerate every figure and table (what is up to date is left alone)
+	$(BIN)/python -m snakemake --profile profiles/local
 
 test: .venv/ready  ## run the tests
 	$(BIN)/python -m pytest -q
@@ -56,5 +50,5 @@ lock: .venv/ready  ## write requirements.lock anew: the exact versions that .ven
 	{ grep '^#' requirements.lock; $(BIN)/python -m pip freeze --exclude-editable | sed 's/+[a-z0-9.]*$$//' | grep -v '^setuptools=='; } > requirements.tmp
 	mv requirements.tmp requirements.lock
 
-clean:  ## forget what has been run, so that the next make paper regenerates everything
-	rm -rf .snakemake papermill_runs/*/*.ipynb papermill_runs/*/*.parts papermill_runs/smoke figures/smoke
+clean:  ## forget what has been run, so that the next make paper regenerates everything; no rows or figures are removed
+	rm -rf .snakemake papermill_runs/smoke figures/smoke

@@ -2,63 +2,67 @@
 
 `make paper` runs it; `snakemake --profile profiles/local figures/fig1_collapse.pdf` makes one figure. On a cluster,
 `snakemake real --profile profiles/slurm --config shards=8 model=llava-hf/llava-1.5-7b-hf` runs a real checkpoint.
+
+A job is stale when its content is: its parameter `key` (analysis.keys.job) changes with the code cells of its
+notebook, with the modules, pruners and checkpoints that it uses, and with nothing else. Dates only tell whether rows are
+newer than what was drawn of them. What a figure reads stands in one place, the parameters cell of its notebook.
 """
 
+import atexit
 import json
+import os
+import re
+import sys
 from glob import glob
 from pathlib import Path
 
-RECS = "papermill_runs/10_rec_eval"
-REALS = "papermill_runs/12_real_checkpoints"
+import yaml
+
+sys.path.insert(0, workflow.basedir)  # this project's code, whatever else is installed
+from analysis import params as notebooks
+from analysis import keys, results
+
+RUNS = "papermill_runs"
+RECS, REALS, LOOKED, SUMMARIES = (f"{RUNS}/{name}" for name in
+                                  ("10_rec_eval", "12_real_checkpoints", "13_attention_rows", "21_decode_summaries"))
 SPLITS = ["refstamps_val", "refstamps_testA", "refstamps_testB", "refstamps+_val", "refstamps+_testA",
           "refstamps+_testB", "refstampsg_val", "refstampsg_test"]
 MODELS = [Path(file).parent.name for file in sorted(glob("analysis/checkpoints/*/probe.csv"))]
-OF_MODELS = [f"{RECS}/tab4_{model}_{split}.parquet" for model in MODELS for split in SPLITS]
-SUMMARIES = [f"papermill_runs/21_decode_summaries/seed{seed}.parquet" for seed in (0, 1, 2)]
-SUMMARIZED = [*SUMMARIES, "analysis/summarization/report.py", "analysis/summarization/score.py", "analysis/summarization/news.py"]
-LOOKED = {"tiny-llava": {}, **{model: {"limit": 30, "keep": [0.25, 0.5]} for model in ("tiny-llava-wide", "tiny-shikra")}}
-ATTENTION = [f"{RECS}/fig3.parquet", *(f"{RECS}/fig9_{model}_refstamps_val.parquet" for model in list(LOOKED)[1:]),
-             *(f"papermill_runs/13_attention_rows/{model}_{kind}.parquet" for model in LOOKED for kind in ("attention", "soft")),
-             "analysis/attention.py"]
-FIGURES = {  # consumer notebook -> what it reads
-    "fig1_collapse": [f"{RECS}/fig1.parquet"],
-    "fig2_misalignment": [f"{RECS}/fig2.parquet"],
-    "fig3_keep_ratio": [f"{RECS}/fig3.parquet"],
-    "fig4_order_and_value": [f"{RECS}/fig4.parquet"],
-    "fig5_qualitative": [f"{RECS}/tab1_refstamps_val.parquet"],
-    "fig6_models": OF_MODELS,
-    "fig7_attention_consistency": SUMMARIZED,
-    "fig8_summaries_side_by_side": SUMMARIZED,
-    "fig9_inconsistency_of_pruning": ATTENTION,
-    "figA_refstamps": [],
-    "figB_testbed": ["analysis/checkpoints/tiny-clip/log.csv"]
-                    + [f"analysis/checkpoints/{model}/{file}" for model in MODELS for file in ("log.csv", "probe.csv")],
+LOOKS = {"tiny-llava": {}, **{model: {"limit": 30, "keep": [0.25, 0.5]} for model in ("tiny-llava-wide", "tiny-shikra")}}
+PATTERNS = {  # the files that a pattern in a notebook's parameters stands for: those of the graph, and no others
+    f"{RECS}/tab1_*.parquet": [f"{RECS}/tab1_{split}.parquet" for split in SPLITS],
+    f"{RECS}/tab4_*.parquet": [f"{RECS}/tab4_{model}_{split}.parquet" for model in MODELS for split in SPLITS],
+    f"{SUMMARIES}/seed*.parquet": [f"{SUMMARIES}/seed{seed}.parquet" for seed in (0, 1, 2)],
 }
-TABLES = {
-    "tab1_methods": [f"{RECS}/tab1_{split}.parquet" for split in SPLITS],
-    "tab2_control": [f"{RECS}/tab1_refstamps_val.parquet", f"{RECS}/tab2.parquet"],
-    "tab3_cost": ["papermill_runs/11_cost/tab3.parquet"],
-    "tab4_models": OF_MODELS,
-    "tab5_extractor_recall": SUMMARIZED,
-    "tab6_summarization_rouge": SUMMARIZED,
-    "tab7_inconsistency_rate": SUMMARIZED,
-    "tabA_frames": [f"{RECS}/fig1.parquet"],
-    "tabB_order_ids": [f"{RECS}/tabB.parquet"],
-}
-DRAWING = ["analysis/style.py", "analysis/published.py", "analysis/stats.py", "analysis/rec/scoring.py"]
-# what can move a row: the code without the drawing, the command lines, the training and the probe; attention and cost move
-# those of 13_attention_rows and 11_cost only
-ENGINE = sorted(set(glob("analysis/*.py") + glob("analysis/*/*.py")) - set(DRAWING) - set(glob("analysis/summarization/*.py"))
-                - set(glob("analysis/training/*.py"))
-                - {f"analysis/{name}.py" for name in ("__main__", "models/__main__", "models/convert", "engine/attention", "engine/cost")})
+
+
+def reads(notebook):
+    """{parameter: files} that a consumer reads."""
+    found = {}
+    for name, value in notebooks.defaults(f"notebooks/{notebook}.ipynb").items():
+        listed = [value] if isinstance(value, str) else value
+        if isinstance(listed, list) and listed and all(str(file).endswith(".parquet") for file in listed):
+            found[name] = PATTERNS.get(value, listed) if isinstance(value, str) else listed
+    return found
+
+
+READS = {name: reads(name) for name in sorted(Path(file).stem for kind in ("fig", "tab") for file in glob(f"notebooks/{kind}*.ipynb"))}
+FIGURES, TABLES = ([name for name in READS if name.startswith(kind)] for kind in ("fig", "tab"))
 
 SHARDS = int(config.get("shards", 1))  # jobs that share the work of one file of rows
-# 12_real_checkpoints takes its parameters from --config model=... limit=...; gpu is how many GPUs each of its jobs gets
+# 12_real_checkpoints takes its parameters from --config model=... limit=...; gpu is how many GPUs each of its jobs gets.
+# Settings besides the model and the data set stand in the name of the folder: a trial is never taken for the whole run.
 GIVEN = {"model": "llava-hf/llava-1.5-7b-hf"} | {name: config[name] for name in config if name not in ("shards", "gpu")}
 CHECKPOINT = Path(GIVEN["model"]).name if Path(GIVEN["model"]).is_dir() else GIVEN["model"].replace("/", "_")
 REFCOCO = {"refcoco": ["val", "testA", "testB"], "refcoco+": ["val", "testA", "testB"], "refcocog": ["val", "test"]}
 SETS = {GIVEN["dataset"]: REFCOCO.get(GIVEN["dataset"], ["val"])} if "dataset" in GIVEN else REFCOCO
 SETS = {name: GIVEN.get("splits", splits) for name, splits in SETS.items()}
+SETS = {name: [splits] if isinstance(splits, str) else splits for name, splits in SETS.items()}
+SETTINGS = {name: GIVEN[name] for name in sorted(GIVEN) if name not in ("model", "dataset", "splits")}
+SAID = ",".join(f"{name}={value}" for name, value in SETTINGS.items())
+if not re.fullmatch(r"[\w=,.+-]{0,60}", SAID):  # a path or a list: too long to be read in a name
+    SAID = keys.fingerprint(SETTINGS)
+REAL = f"{REALS}/{SAID}".rstrip("/")
 
 
 def rows(name):
@@ -75,22 +79,85 @@ def executed(wildcards, output):
     return Path(output[0]).with_suffix(".ipynb")
 
 
-def weights(model):
-    """Files of a model, and of the CLIP whose words it is compared with."""
-    return [f"analysis/checkpoints/{name}/model.safetensors" for name in ("tiny-clip", model)]
-
-
 def settings(key):
-    """Parameter file of rows, and what goes beside it: tables 1 and 4 have one file of rows for each (model and) split."""
+    """What makes rows: their parameter file, and what goes beside it (tables 1 and 4: a file for each model and split)."""
     file, *rest = key.split("_")
-    return file, dict(zip(("model", "dataset", "split")[-len(rest):], rest)) if rest else {}
+    given = yaml.safe_load(Path(f"{RECS}/{file}.yaml").read_text())
+    return given | (dict(zip(("model", "dataset", "split")[-len(rest):], rest)) if rest else {})
+
+
+def pruners(given):
+    """The methods that settings name, in a grid or alone."""
+    named = [part.get("pruner", "none") for part in given.get("grid") or [given]]
+    return sorted({spec for one in named for spec in ([one] if isinstance(one, str) else one)})
+
+
+def rec_key(wildcards):
+    given = settings(wildcards.key)
+    return keys.job("notebooks/10_rec_eval.ipynb", pruners(given), [given.get("model", "tiny-llava")], settings=given)
+
+
+def looked_key(wildcards):
+    given = notebooks.defaults("notebooks/13_attention_rows.ipynb") | LOOKS[wildcards.model]
+    return keys.job("notebooks/13_attention_rows.ipynb", given["pruner"], [wildcards.model], settings=given)
+
+
+def cost_key(wildcards):
+    given = notebooks.defaults("notebooks/11_cost.ipynb")
+    return keys.job("notebooks/11_cost.ipynb", given["pruner"], [given["model"]])
+
+
+def summary_key(wildcards):
+    files = (f"*-seed{wildcards.seed}.safetensors", "*.json", "*.txt")
+    return keys.job("notebooks/21_decode_summaries.ipynb",
+                          weights=keys.folder("analysis/summarization/checkpoints", files))
+
+
+def drawing_key(wildcards):
+    notebook = f"notebooks/{wildcards.name}.ipynb"
+    if wildcards.name.startswith("fig5"):  # it encodes and prunes again what it shows
+        given = notebooks.defaults(notebook)
+        return keys.job(notebook, [given["pruner"]], ["tiny-llava"], drawing=True)
+    return keys.job(notebook, drawing=True)
+
+
+def drawing(wildcards):
+    """The parameters of a consumer: its rows, and the paper's name, which only the graph may give."""
+    return json.dumps(READS[wildcards.name] | {"out": wildcards.name}) if READS[wildcards.name] else "{}"
+
+
+def drawn_from(wildcards):
+    logs = [f"analysis/checkpoints/{model}/{file}" for model in MODELS for file in ("log.csv", "probe.csv")]
+    logs = ["analysis/checkpoints/tiny-clip/log.csv", *logs] if wildcards.name == "figB_testbed" else []
+    return [file for files in READS[wildcards.name].values() for file in files] + logs
+
+
+# Older than this file is only what this clone has not made itself: rows and figures that git brought along. They are made
+# anew, so that everything is really regenerated; nothing that the graph does not make is ever touched.
+BEGUN = Path(".snakemake/begun")
+if not BEGUN.exists():
+    BEGUN.parent.mkdir(exist_ok=True)
+    BEGUN.touch()
+
+
+# A driver holds the project until it ends in whatever way. Where none is alive, what a killed one has locked is free.
+if workflow.is_main_process and not {"-n", "--dry-run", "--dryrun"} & set(sys.argv):
+    DRIVER = results.alone(Path(".snakemake/driver"), wait=0)
+    try:
+        DRIVER.__enter__()
+    except RuntimeError as error:
+        sys.exit(f"Snakemake runs here already, so nothing is started. {error}")
+    atexit.register(DRIVER.__exit__, None, None, None)
+    for lock in glob(".snakemake/locks/*"):
+        Path(lock).unlink()
+    os.environ["ROWS_WAIT"] = "86400"  # jobs of a killed driver may still work: wait for them, then read their rows back
 
 
 wildcard_constraints:
     key="[^/.]+",
     dataset="[^/_]+",
     split="[^/_.]+",
-    table="tab[^/]+",
+    name="[^/.]+",
     seed=r"\d+",
 
 
@@ -104,44 +171,47 @@ rule all:
 # The executed notebook is the log. Snakemake removes old rows before it starts; parts of a killed run stay and count.
 rule rec_eval:
     input:
-        notebook="notebooks/10_rec_eval.ipynb",
-        parameters=lambda wildcards: f"{RECS}/{settings(wildcards.key)[0]}.yaml",
-        engine=ENGINE,
-        weights=lambda wildcards: weights(settings(wildcards.key)[1].get("model", "tiny-llava")),
+        BEGUN,
     output:
         rows(RECS + "/{key}"),
     params:
         log=executed,
-        shard=shard,
-        settings=lambda wildcards: " ".join(f"-p {name} {value}" for name, value in settings(wildcards.key)[1].items()),
+        key=rec_key,
+        given=lambda wildcards: json.dumps(settings(wildcards.key) | {
+            "out": f"{RECS}/{wildcards.key}.parquet", "shard": shard(wildcards)}),
     shell:
-        "OMP_NUM_THREADS={threads} papermill {input.notebook} {params.log} -k python3 --log-output"
-        " -f {input.parameters} {params.settings} -p out {RECS}/{wildcards.key}.parquet -p shard {params.shard}"
+        "OMP_NUM_THREADS={threads} papermill notebooks/10_rec_eval.ipynb {params.log} -k python3 --log-output"
+        " -y {params.given:q}"
 
 
+# Rows of a real checkpoint are hours of a GPU, so the graph only notes that they are done, in a file beside them, and
+# removes none. They have their own key: made again under the same one they are read back, under another it is an error.
 rule real:
     input:
-        [f"{REALS}/{CHECKPOINT}_{dataset}_{split}.parquet" for dataset, splits in SETS.items() for split in splits],
+        [f"{REAL}/{CHECKPOINT}_{dataset}_{split}.done" for dataset, splits in SETS.items() for split in splits],
 
 
-# New code does not throw hours of a GPU away: remove the rows to have them made anew.
+for note in glob(f"{REALS}/**/*.done", recursive=True):
+    if not Path(note).with_suffix(".parquet").exists() and not re.search(r"\.\d+of\d+\.done$", note):
+        Path(note).unlink()
+
+
 rule real_checkpoints:
-    input:
-        "notebooks/12_real_checkpoints.ipynb",
     output:
-        rows(f"{REALS}/{CHECKPOINT}_{{dataset}}_{{split}}"),
+        touch(f"{REAL}/{CHECKPOINT}_{{dataset}}_{{split}}" + (f".{{shard}}of{SHARDS}.done" if SHARDS > 1 else ".done")),
     params:
         log=executed,
         given=lambda wildcards: json.dumps(GIVEN | {"dataset": wildcards.dataset, "splits": [wildcards.split],
-                                                    "shard": shard(wildcards), "out": REALS}),
+                                                    "shard": shard(wildcards), "out": REAL}),
     resources:
         gpu=config.get("gpu", 1),
     shell:
-        "mkdir -p {REALS} && papermill {input} {params.log} -k python3 --log-output -y {params.given:q}"
+        "mkdir -p {REAL} && papermill notebooks/12_real_checkpoints.ipynb {params.log} -k python3 --log-output"
+        " -y {params.given:q}"
 
 
 if SHARDS > 1:
-    localrules: merge
+    localrules: merge, merge_real
 
     rule merge:
         input:
@@ -149,78 +219,96 @@ if SHARDS > 1:
         output:
             "{rows}.parquet",
         wildcard_constraints:
-            rows=rf"({RECS}|{REALS})/((?!\.\d+of)[^/])+",
+            rows=rf"{RECS}/((?!\.\d+of)[^/])+",
         run:
             from analysis.results import merge_shards
 
             merge_shards(output[0], input)
 
+    rule merge_real:
+        input:
+            [f"{{rows}}.{number}of{SHARDS}.done" for number in range(1, SHARDS + 1)],
+        output:
+            touch("{rows}.done"),
+        wildcard_constraints:
+            rows=rf"{REALS}/((?!\.\d+of).)+",
+        run:
+            from analysis.results import merge_shards
+
+            merge_shards(Path(output[0]).with_suffix(".parquet"), [Path(file).with_suffix(".parquet") for file in input])
+
 
 rule cost:
     input:
-        notebook="notebooks/11_cost.ipynb",
-        engine=[*ENGINE, "analysis/cost.py"],
-        weights=weights("tiny-llava"),
+        BEGUN,
     output:
-        "papermill_runs/11_cost/tab3.parquet",
+        f"{RUNS}/11_cost/tab3.parquet",
+    params:
+        log=executed,
+        key=cost_key,
     threads: workflow.cores  # alone, for the sake of the times
     shell:
-        "mkdir -p papermill_runs/11_cost && "
-        "papermill {input.notebook} papermill_runs/11_cost/tab3.ipynb -k python3 --log-output -p out {output}"
+        "mkdir -p {RUNS}/11_cost && papermill notebooks/11_cost.ipynb {params.log} -k python3 --log-output -p out {output}"
 
 
 rule attention:
     input:
-        notebook="notebooks/13_attention_rows.ipynb",
-        engine=[*ENGINE, "analysis/attention.py", "analysis/summarization/losses.py"],
-        weights=lambda wildcards: weights(wildcards.model),
+        BEGUN,
     output:
-        [f"papermill_runs/13_attention_rows/{{model}}_{kind}.parquet" for kind in ("attention", "soft")],
+        [f"{LOOKED}/{{model}}_{kind}.parquet" for kind in ("attention", "soft")],
     params:
         log=executed,
-        given=lambda wildcards: json.dumps(LOOKED[wildcards.model] | {
-            "model": wildcards.model, "out": f"papermill_runs/13_attention_rows/{wildcards.model}"}),
+        key=looked_key,
+        given=lambda wildcards: json.dumps(LOOKS[wildcards.model] | {
+            "model": wildcards.model, "out": f"{LOOKED}/{wildcards.model}"}),
     shell:
-        "mkdir -p papermill_runs/13_attention_rows && "
-        "OMP_NUM_THREADS={threads} papermill {input.notebook} {params.log} -k python3 --log-output -y {params.given:q}"
+        "mkdir -p {LOOKED} && OMP_NUM_THREADS={threads} papermill notebooks/13_attention_rows.ipynb {params.log}"
+        " -k python3 --log-output -y {params.given:q}"
 
 
 rule decode_summaries:
     input:
-        notebook="notebooks/21_decode_summaries.ipynb",
-        engine=[f"analysis/summarization/{name}.py" for name in ("batch", "beam", "data", "losses", "model", "news", "systems")],
-        weights=lambda wildcards: sorted(glob(f"analysis/summarization/checkpoints/*-seed{wildcards.seed}.safetensors")),
+        BEGUN,
     output:
-        "papermill_runs/21_decode_summaries/seed{seed}.parquet",
+        SUMMARIES + "/seed{seed}.parquet",
     params:
         log=executed,
+        key=summary_key,
     shell:
-        "mkdir -p papermill_runs/21_decode_summaries && OMP_NUM_THREADS={threads} papermill {input.notebook} {params.log}"
+        "mkdir -p {SUMMARIES} && OMP_NUM_THREADS={threads} papermill notebooks/21_decode_summaries.ipynb {params.log}"
         " -k python3 --log-output -p seed {wildcards.seed} -p out {output}"
 
 
 rule table:
     input:
-        notebook="notebooks/{table}.ipynb",
-        rows=lambda wildcards: TABLES[wildcards.table],
-        drawing=DRAWING,
+        BEGUN,
+        drawn_from,
     output:
-        "figures/{table}.tex",
-        "figures/{table}.html",
-        "figures/{table}.csv",
+        "figures/{name}.tex",
+        "figures/{name}.html",
+        "figures/{name}.csv",
+    params:
+        key=drawing_key,
+        given=drawing,
+    wildcard_constraints:
+        name="tab[^/.]+",
     shell:
-        "mkdir -p papermill_runs/{wildcards.table} && "
-        "papermill {input.notebook} papermill_runs/{wildcards.table}/{wildcards.table}.ipynb -k python3"
+        "mkdir -p {RUNS}/{wildcards.name} && papermill notebooks/{wildcards.name}.ipynb"
+        " {RUNS}/{wildcards.name}/{wildcards.name}.ipynb -k python3 -y {params.given:q}"
 
 
 rule figure:
     input:
-        notebook="notebooks/{name}.ipynb",
-        rows=lambda wildcards: FIGURES[wildcards.name],
-        drawing=DRAWING,
+        BEGUN,
+        drawn_from,
     output:
         "figures/{name}.pdf",
         "figures/{name}.png",
+    params:
+        key=drawing_key,
+        given=drawing,
+    wildcard_constraints:
+        name="fig[^/.]+",
     shell:
-        "mkdir -p papermill_runs/{wildcards.name} && "
-        "papermill {input.notebook} papermill_runs/{wildcards.name}/{wildcards.name}.ipynb -k python3"
+        "mkdir -p {RUNS}/{wildcards.name} && papermill notebooks/{wildcards.name}.ipynb"
+        " {RUNS}/{wildcards.name}/{wildcards.name}.ipynb -k python3 -y {params.given:q}"

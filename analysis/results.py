@@ -8,42 +8,24 @@ shards, on as many machines, each with a file of its own, which `merge_shards` m
 
 from __future__ import annotations
 
-import hashlib
+import fcntl
 import json
 import os
-import platform
 import re
 import shutil
-import subprocess
+import socket
+import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
-from importlib.metadata import version
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pandas as pd
+import psutil
 import pyarrow as pa
-from filelock import FileLock, Timeout
 from pyarrow import parquet
 
-from analysis import IN_CLONE, ROOT
-
-
-def fingerprint(facts: Any) -> str:
-    """16 hex digits that name JSON-able facts; the order of keys does not matter."""
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def environment() -> dict[str, str]:
-    """What of the surroundings can move a number: git commit ("unknown" outside a clone) and versions."""
-    commit = "unknown"
-    if IN_CLONE:  # a wheel may lie in somebody else's repository
-        with suppress(OSError, subprocess.CalledProcessError):
-            commit = subprocess.run(
-                ["git", "rev-parse", "--verify", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
-            ).stdout.strip()
-    versions = {name: version(name) for name in ("torch", "transformers", "numpy")}
-    return {"commit": commit, "python": platform.python_version(), **versions}
+from analysis.params import paths
 
 
 def write_rows(path: str | Path, rows: pd.DataFrame, provenance: dict[str, Any]) -> None:
@@ -93,6 +75,27 @@ def read_rows(paths: str | Path | Iterable[str | Path]) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)
 
 
+def answered(rows: pd.DataFrame | str | list[str]) -> pd.DataFrame:
+    """Rows for a figure or table, from files as `params.paths` takes them: without the expressions that failed.
+
+    An expression that failed in one cell is left out of all cells of its model and split, so that cells stay paired;
+    how many these are, and why, is printed. Raises what `read_rows` raises.
+    """
+    rows = rows if isinstance(rows, pd.DataFrame) else read_rows(paths(rows))
+    if "error" not in rows or not (failed := rows["error"] != "").any():
+        return rows
+    expression = pd.MultiIndex.from_frame(
+        rows[[name for name in ("model", "dataset", "split", "image_id", "ref_id", "sent_id") if name in rows]]
+    )
+    out = expression.isin(expression[failed])
+    reasons = [f"{count} x {reason}" for reason, count in rows.loc[failed, "error"].value_counts().head(5).items()]
+    print(
+        f"{failed.sum()} of {len(rows)} rows have failed; {expression[failed].nunique()} of {expression.nunique()} "
+        f"expressions are left out of all cells and of n: {'; '.join(reasons)}"
+    )
+    return rows[~out].reset_index(drop=True)
+
+
 def provenance(path: str | Path) -> dict[str, Any]:
     """How the rows of a file were made. Errors as for `read_rows`."""
     return _read(Path(path))[1]
@@ -107,16 +110,76 @@ def finished(path: Path, key: str) -> pd.DataFrame | None:
     return rows if made.get("fingerprint") == key else None
 
 
-@contextmanager
-def alone(out: Path) -> Iterator[None]:
-    """Hold `out` for this process, until it ends in whatever way. RuntimeError while another one holds it."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(out.with_name(f".{out.name}.lock"))
+def _holder(path: Path) -> tuple[str, int]:
+    """Host and process that a lock file names; ("", 0) where it names none."""
     try:
-        with lock.acquire(timeout=0):
-            yield
-    except Timeout:
-        raise RuntimeError(f"another process is working on {out}; wait for it, or give another file") from None
+        host, process = path.read_text().split()
+        return host, int(process)
+    except (OSError, ValueError):
+        return "", 0
+
+
+def _try_lock(path: Path) -> IO | Path | None:
+    """Lock a file and write this host and process into it; None while another process holds it.
+
+    Where the file system knows no `flock`, a second file beside it, which only one process can create, stands for the
+    lock. It outlives a kill, so it is taken over from a process that is dead, as far as this host can tell.
+    """
+    mine = f"{socket.gethostname()} {os.getpid()}"
+    handle = path.open("a+")
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        handle.close()
+        return None
+    except OSError:  # ENOSYS, ENOLCK, ENOTSUP
+        handle.close()
+        held = path.with_name(f"{path.name}.held")
+        host, process = _holder(held)
+        if host == socket.gethostname() and not psutil.pid_exists(process):
+            held.unlink(missing_ok=True)
+        try:
+            with held.open("x") as created:
+                created.write(mine)
+        except FileExistsError:
+            path.write_text(held.read_text())
+            return None
+        return held
+    handle.truncate(0)
+    handle.write(mine)
+    handle.flush()
+    return handle
+
+
+@contextmanager
+def alone(out: Path, wait: float | None = None) -> Iterator[None]:
+    """Hold `out` for this process, until it ends in whatever way.
+
+    wait: seconds to wait for another process that holds it; None takes the environment's ROWS_WAIT, or 0. RuntimeError,
+    with the other's host and process and the way out, when it still does.
+    """
+    wait = float(os.environ.get("ROWS_WAIT", 0)) if wait is None else wait
+    out.parent.mkdir(parents=True, exist_ok=True)
+    path, begun = out.with_name(f".{out.name}.lock"), time.monotonic()
+    while (lock := _try_lock(path)) is None:
+        host, process = _holder(path)
+        who = f"process {process} on {host}" if host else "a process that does not name itself"
+        if time.monotonic() - begun >= wait:
+            held = path.with_name(f"{path.name}.held")
+            file = held if held.exists() else path
+            raise RuntimeError(
+                f"another process is working on {out}: {who}, by {file}. Wait for it, or give another file; if no such "
+                f"process runs there any more, remove {file}"
+            )
+        time.sleep(min(1, wait))
+    try:
+        yield
+    finally:
+        if isinstance(lock, Path):
+            lock.unlink(missing_ok=True)
+        else:
+            lock.truncate(0)
+            lock.close()
 
 
 def parts_folder(out: Path) -> Path:
@@ -162,7 +225,7 @@ def merge_shards(out: str | Path, shards: Iterable[str | Path]) -> pd.DataFrame:
     paths = [Path(path) for path in shards]
     if not paths:
         raise ValueError("no shards to merge; give the files of all of them")
-    tables, commits, whole, total = {}, set(), {}, 0
+    tables, commits, dirty, whole, total = {}, set(), False, {}, 0
     for path in paths:
         rows, made = _read(path)
         if "shard" not in made:
@@ -170,6 +233,7 @@ def merge_shards(out: str | Path, shards: Iterable[str | Path]) -> pd.DataFrame:
         number, count = parse_shard(made.pop("shard"))
         made["fingerprint"] = made.pop("whole")
         commits.add(made.pop("commit"))  # does not make another run of it, as when a killed one is resumed
+        dirty |= made.pop("dirty") is not False
         whole, total = whole or made, total or count
         differ = sorted(name for name in {*made, *whole} - {"fingerprint"} if made.get(name) != whole.get(name))
         differ += ["number of shards"] if count != total else []
@@ -183,5 +247,5 @@ def merge_shards(out: str | Path, shards: Iterable[str | Path]) -> pd.DataFrame:
     rows = pd.concat([tables[number] for number in sorted(tables)], ignore_index=True)
     cell = rows.groupby(list(whole["cells"][0]), dropna=False, sort=False).ngroup()  # in order of first appearance
     rows = rows.iloc[cell.argsort(kind="stable")].reset_index(drop=True)
-    write_rows(out, rows, whole | {"commit": ", ".join(sorted(commits))})
+    write_rows(out, rows, whole | {"commit": ", ".join(sorted(commits)), "dirty": dirty})
     return rows

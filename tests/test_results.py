@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis import results
+from analysis import keys, results
 
 ROWS = pd.DataFrame({"image_id": [3, 3, 9], "raw": ["[0.1, 0, 1, 1]", "", "ü\n"], "keep": [0.25, np.nan, 1.0]})
 MADE = {"fingerprint": "f", "cells": [{"keep": None}]}
@@ -85,5 +85,5 @@ def test_finished_only_under_its_own_fingerprint(out):
 
 
 def test_fingerprint_depends_on_facts_not_on_their_order():
-    assert results.fingerprint({"a": 1, "b": None}) == results.fingerprint({"b": None, "a": 1})
-    assert results.fingerprint({"a": 1}) != results.fingerprint({"a": 2})
+    assert keys.fingerprint({"a": 1, "b": None}) == keys.fingerprint({"b": None, "a": 1})
+    assert keys.fingerprint({"a": 1}) != keys.fingerprint({"a": 2})

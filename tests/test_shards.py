@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from analysis import ROOT, results
+from analysis import ROOT, keys, results
 from analysis.engine import evaluate as evaluation
 from analysis.engine.evaluate import cells
 from tests.support.rows import GRID, Noise, run
@@ -79,9 +79,9 @@ def test_what_does_not_belong_together_is_not_merged(whole, tiny, tmp_path):
 
 def test_shards_of_two_commits_are_of_one_run_and_both_are_named(tiny, tmp_path, monkeypatch):
     out = tmp_path / "rows.parquet"
-    environment = results.environment()
+    environment = keys.environment()
     for shard, commit in (("1/2", "b"), ("2/2", "a")):
-        monkeypatch.setattr(results, "environment", lambda: environment | {"commit": commit})
+        monkeypatch.setattr(keys, "environment", lambda: environment | {"commit": commit})
         run(tiny, out, GRID[:1], shard=shard)
     results.merge_shards(out, [results.shard_path(out, shard) for shard in ("1/2", "2/2")])
     assert results.provenance(out)["commit"] == "a, b"
@@ -120,11 +120,11 @@ def test_the_graph_merges_shards_and_has_none_by_default():
 
     rows = "papermill_runs/10_rec_eval/smoke.parquet"
     said, commands = planned(rows)
-    assert len(commands) == 1 and f"-p out {rows} -p shard 1/1" in commands[0] and "rule merge" not in said
+    assert len(commands) == 1 and f'"out": "{rows}", "shard": "1/1"' in commands[0] and "rule merge" not in said
     said, commands = planned("real", "--config", "shards=2", "model=some/model", "dataset=refcocog", "limit=9", "gpu=4")
-    assert len(commands) == 4 and said.count("rule merge:") == 2
+    assert len(commands) == 4 and said.count("rule merge_real:") == 2
     assert len(re.findall("resources: .*gpu=4", said)) == 4
-    assert "output: papermill_runs/12_real_checkpoints/some_model_refcocog_test.2of2.parquet" in said
+    assert "output: papermill_runs/12_real_checkpoints/limit=9/some_model_refcocog_test.2of2.done" in said
     assert sum('"model": "some/model", "dataset": "refcocog", "limit": 9' in line for line in commands) == 4
     assert sum('"splits": ["test"], "shard": "2/2"' in line for line in commands) == 1
 

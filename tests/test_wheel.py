@@ -14,7 +14,7 @@ SCRIPT = """
 import sys
 from pathlib import Path
 import analysis
-from analysis import models, results, style
+from analysis import keys, models, style
 from analysis.engine.evaluate import cells, evaluate
 from analysis.rec import datasets
 from analysis.summarization import systems
@@ -23,7 +23,7 @@ assert Path(analysis.__file__).is_relative_to(sys.argv[1]), analysis.__file__
 grid = [*cells("none"), *cells("random", 0.5, ids=["compact", "original"])]
 rows = evaluate(models.load("tiny-llava", device="cpu"), datasets.load("refstamps", "val", 2), grid, "rows.parquet")
 assert rows["image_id"].nunique() == 2 and set(rows["error"]) == {""} and rows["raw"].str.startswith("[").all()
-assert results.environment()["commit"] == "unknown"
+assert keys.environment()["commit"] == "unknown"
 assert style.output_folder(smoke=True) == Path.cwd() / "figures" / "smoke"
 assert systems.load("end-to-end-5-inc", 0)
 """

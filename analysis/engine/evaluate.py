@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from analysis import results
+from analysis import keys, results
 from analysis.engine.decode import draft_from, greedy, prompt_inputs, shared_context
 from analysis.models import Model
 from analysis.positions import ORDERS, assign, parse_spec, reorder
@@ -413,15 +413,15 @@ def evaluate(
         "split": dataset.split,
         "batch_size": batch_size,
         "chunk": chunk,
-        "expressions": results.fingerprint(dataset.rows[_columns(dataset.rows)].to_json()),
-        **results.environment(),
+        "expressions": keys.fingerprint(dataset.rows[_columns(dataset.rows)].to_json()),
+        **keys.environment(),
     }
-    key = results.fingerprint({k: v for k, v in settings.items() if k != "commit"})
+    key = keys.fingerprint({k: v for k, v in settings.items() if k not in keys.NOT_KEY})
     whole = settings | {"cells": [cell.columns() for cell in grid]}
-    whole["fingerprint"] = results.fingerprint([key, whole["cells"]])
+    whole["fingerprint"] = keys.fingerprint([key, whole["cells"]])
     if shards > 1:
         whole |= {"shard": shard, "whole": whole["fingerprint"]}
-        whole["fingerprint"] = results.fingerprint([key, whole["cells"], shard])
+        whole["fingerprint"] = keys.fingerprint([key, whole["cells"], shard])
     out = results.shard_path(out, shard)
     start, draft = time.monotonic(), () if "answer" in dataset.rows else box_draft(model)
     state = RunState(batch_size, chunk, draft)
@@ -471,7 +471,7 @@ def _run(run: Run) -> pd.DataFrame:
     mine = pieces[len(pieces) * (share - 1) // of : len(pieces) * share // of]
 
     def part(number: int, cell: Cell) -> Path:
-        return results.parts_folder(out) / f"{number:05d}-{results.fingerprint(cell.columns())}.parquet"
+        return results.parts_folder(out) / f"{number:05d}-{keys.fingerprint(cell.columns())}.parquet"
 
     failed, reason, reading = 0, "", {}
     bar.reset(total=sum(len(chunks[number]) for number, _ in mine))

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
-from analysis import results
+from analysis import keys
 from analysis.registry import pick
 from analysis.summarization.beam import Hypothesis, beam_search
 from analysis.summarization.data import Document, Vocabulary, collate, cut, sentences
@@ -81,7 +81,7 @@ def _files(name: str, seed: int, folder: Path) -> list[Path]:
 
 def revision(name: str, seed: int = 0, folder: Path = CHECKPOINTS) -> str:
     """16 hex digits that name a system's weights, for provenance. Errors as for `load`."""
-    return results.fingerprint([sha256(file.read_bytes()).hexdigest() for file in _files(name, seed, folder)])
+    return keys.fingerprint([sha256(file.read_bytes()).hexdigest() for file in _files(name, seed, folder)])
 
 
 def load(name: str, seed: int = 0, folder: Path = CHECKPOINTS) -> Summarizer:
