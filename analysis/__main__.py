@@ -1,4 +1,4 @@
-"""The command line: python -m analysis run | resume | status | doctor | summarize
+"""The command line: python -m analysis ask | run | resume | status | doctor | summarize
 
 `run` executes a producer notebook with papermill, as `make paper` does; the executed notebook beside the rows is the
 log. Exit codes: 0 all is well, 1 something failed or is not as it should be, 2 wrong usage.
@@ -11,12 +11,14 @@ import platform
 import shutil
 import sys
 from importlib.metadata import PackageNotFoundError, requires, version
+from itertools import count
 from pathlib import Path
 
 import pandas as pd
 import psutil
 import yaml
 from packaging.requirements import Requirement
+from PIL import Image
 
 from analysis import IN_CLONE, ROOT, results
 
@@ -199,6 +201,57 @@ def summarize(args: argparse.Namespace) -> int:
     return 0
 
 
+def _split(values: list[str]) -> list[str]:
+    """Values given apart or with commas between them."""
+    return [part for value in values for part in value.split(",") if part]
+
+
+def ask(args: argparse.Namespace) -> int:
+    """Say where in a picture an expression is, unpruned and under every setting given, and draw it. Needs no ground
+    truth. Without --out, a picture is never overwritten."""
+    from tqdm import tqdm
+
+    from analysis import ask as asking
+    from analysis import models
+    from analysis.engine.evaluate import cells
+
+    try:
+        asked = asking.pairs(args.asked)
+        keep = [None if part == "none" else float(part) for part in _split(args.keep)]
+        grid = cells("none") + cells(args.pruner, keep, args.order, _split(args.ids), args.seed)
+        model = models.load(args.model)
+    except (OSError, ValueError, MemoryError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    found, failed = [], 0
+    for path, expression in tqdm(asked, unit="picture", disable=len(asked) < 2):
+        try:
+            picture = asking.read_picture(path)
+            found.append((path, expression, asking.answers(model, picture, expression, grid, path.stem)))
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            print(f"{path}: {error}", file=sys.stderr)
+            failed += 1
+    if not found:
+        return 1
+    print(asking.table(found).to_string(index=False))
+    if model.name in models.MODELS:
+        print(
+            f"note: {model.name} was trained on RefStamps scenes only; on a photograph its boxes show how settings "
+            "differ, not where things are. python -m analysis.models lists models that read photographs: --model",
+            file=sys.stderr,
+        )
+    out = args.out or next(
+        path for i in count(1) if not (path := Path(f"boxes-{i}.png" if i > 1 else "boxes.png")).exists()
+    )
+    try:
+        asking.draw(found, f"{model.name}, seed {args.seed}").savefig(out, dpi=200)
+    except (ModuleNotFoundError, OSError, ValueError) as error:  # matplotlib raises ValueError on an unknown suffix
+        print(error, file=sys.stderr)
+        return 1
+    print(f"drawn: {out}")
+    return int(failed > 0)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m analysis", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -224,6 +277,15 @@ def main(argv: list[str] | None = None) -> int:
     )
     for name, function in (("resume", resume), ("status", status), ("doctor", doctor)):
         command(name, function)
+    asked = command("ask", ask)
+    asked.add_argument("asked", nargs="+", help="pictures, then an expression; or a CSV file with image and expression")
+    asked.add_argument("--model", default="tiny-llava", help="as in python -m analysis.models; default: %(default)s")
+    asked.add_argument("--pruner", nargs="+", default=["fastervlm"], help="one or several; default: fastervlm")
+    asked.add_argument("--keep", nargs="+", default=["0.25"], help="share of the visual tokens kept; default: 0.25")
+    asked.add_argument("--order", default="method", help="of the kept tokens; default: %(default)s")
+    asked.add_argument("--ids", nargs="+", default=["original,compact"], help="position IDs; default: original,compact")
+    asked.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    asked.add_argument("--out", type=Path, help="the drawing; default: boxes.png, or the next free boxes-2.png")
     texts = command("summarize", summarize)
     texts.add_argument("article", type=Path, help="a text file")
     texts.add_argument(
