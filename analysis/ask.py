@@ -16,16 +16,15 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from analysis.engine.decode import greedy
+from analysis.engine.decode import greedy, prompt_inputs
 from analysis.engine.evaluate import image_seed, texts
 from analysis.models import Model
-from analysis.positions import assign, generated_position, reorder, sequence_positions
+from analysis.positions import assign, reorder
 from analysis.pruning import pruner as find_pruner
 from analysis.pruning import select
-from analysis.rec.boxes import DIALECTS, FRAMES
+from analysis.rec.boxes import DIALECTS, frame
 from analysis.rec.pictures import read_picture
-from analysis.registry import pick
-from analysis.types import Cell, Ids, Selection, VisualTokens
+from analysis.types import Cell, Selection, VisualTokens
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -76,8 +75,8 @@ def _shown(
     synthetic, seen = selection.synthetic.cpu(), row >= 0
     kept = np.zeros(view.grid, dtype=np.uint8)
     kept[row[seen & ~synthetic], column[seen & ~synthetic]] = 255
-    # the square that the model reads, in pixels of the picture: padded around it, or the picture itself, stretched
-    padded = visual.tiles is None and model.squared(Image.new("RGB", size)).size != size
+    # what the model reads, in pixels of the picture: a square around it, or the picture itself, stretched
+    padded = visual.tiles is None and model.frame == "padded"
     width, height = (max(size),) * 2 if padded else size
     left, top = (width - size[0]) // 2, (height - size[1]) // 2
     light = Image.fromarray(kept).resize((width, height), Image.Resampling.NEAREST)
@@ -85,10 +84,6 @@ def _shown(
     anchors = torch.stack([column, row], dim=1)[seen & synthetic].double().numpy() + 0.5
     anchors = anchors * [width / view.grid[1], height / view.grid[0]] - [left, top]
     return np.asarray(light, dtype=np.float32) / 255, anchors
-
-
-def _place(model: Model, box: NDArray[np.float64] | None, size: tuple[int, int]) -> NDArray[np.float64] | None:
-    return None if box is None else pick(FRAMES, model.frame, "frame").decode(box, size)
 
 
 @torch.inference_mode()
@@ -102,25 +97,18 @@ def answers(
     """
     model.layout(image.size)
     visual = model.encode([image]).take(torch.tensor([0], device=model.device), **model.texts([expression]))
-    before, after = model.prompt(expression)
+    prompt = model.prompt(expression)
     found = []
     for cell in grid:
         seed = image_seed(cell.seed, image_id)
         [selection] = select(find_pruner(cell.pruner), visual, cell.keep, [seed])
         selection = reorder(selection, cell.order, seed)
-        ids: Ids = assign(selection.origin, visual.unpruned, cell.ids, seed)
-        said = greedy(
-            model.decoder,
-            model.head,
-            [torch.cat([model.embed(before), selection.features, model.embed(after)])],
-            [sequence_positions(len(before), ids, len(after))],
-            next_ids=[generated_position(len(before), ids, len(after))],
-            embed=model.embed,
-            max_new_tokens=model.max_new_tokens,
-            eos=model.eos,
-        )
+        ids = assign(selection.origin, visual.unpruned, cell.ids, seed)
+        said = greedy(model, [prompt_inputs(model.embed, prompt, selection.features, ids).whole])
         [raw], [error] = texts(model, said)
-        box = _place(model, DIALECTS[model.dialect].parse(raw), image.size)
+        box = DIALECTS[model.dialect].parse(raw)
+        if box is not None:
+            box = frame(model.frame).decode(box, image.size)
         sizes = len(selection.origin), len(visual.unpruned.visual)
         found.append(Answer(cell, raw, error, box, *sizes, *_shown(model, image.size, visual, selection)))
     return found
