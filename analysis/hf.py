@@ -5,10 +5,15 @@
 
     model = LlavaForConditionalGeneration.from_pretrained(name).eval()
     processor = AutoProcessor.from_pretrained(name)
-    inputs = processor(images=image, text=prompt, return_tensors="pt")
-    with pruned(model, processor, "fastervlm", keep=0.25, ids="original"):
-        out = model.generate(**inputs, max_new_tokens=40)
-    print(processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+    question = "Please provide the bounding box coordinate of the region this sentence describes: " + expression
+    chat = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": question}]}]
+    inputs = processor.apply_chat_template(
+        chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    for ids in ("compact", "original"):
+        with pruned(model, processor, "fastervlm", keep=0.25, ids=ids):
+            out = model.generate(**inputs, max_new_tokens=40, do_sample=False)
+        print(ids, processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 
 `generate` keeps its own books at full length: prompts, `max_length`, logits processors and the shape of the output
 stay as they are. The cut happens where the text decoder is called. Its input loses the pruned tokens, the rest is
@@ -24,6 +29,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from weakref import WeakSet
@@ -110,12 +116,17 @@ def _left(rows: Sequence[Tensor]) -> Tensor:
     return pad_sequence(list(rows), batch_first=True, padding_side="left")
 
 
-class _Hooks:
-    """What one `pruned` block hangs on a model, and what its parts tell each other."""
+class Pruned:
+    """What one `pruned` block hangs on a model, and what its parts tell each other.
 
-    def __init__(self, model, processor, prune, cell, seeds, texts, clip):
+    kept, full: of each row of the last prompts the visual tokens that the decoder has read, and would have read.
+    """
+
+    def __init__(self, model, processor, prune, cell, seeds, words, clip):
         self.model, self.processor = model, processor
-        self.prune, self.cell, self.seeds, self.texts, self.clip = prune, cell, seeds, texts, clip
+        self.prune, self.cell, self.seeds, self.words, self.clip = prune, cell, seeds, words, clip
+        self.kept: list[int] = []
+        self.full: list[int] = []
         self.tower, self.with_text = TOWERS[model.config.model_type], "clip_text" in offers(model.config)
         self.encode, self.plain_generate = model.base_model.get_image_features, model.generate
         self.input_ids: Tensor | None = None  # of the running forward
@@ -128,6 +139,7 @@ class _Hooks:
         self.prefilled = 0  # tokens in it after the prefill
         self.filling = False  # while the decoder runs a prefill
         self.fired = 0
+        self.repeats = 1  # rows of a prompt
 
     # -- generate and get_image_features, replaced on the instances
 
@@ -239,6 +251,8 @@ class _Hooks:
             planes=ids.shape[2] if ids.ndim == 3 else 0,
             back=torch.stack([self.back(row.source, length) + kept.shape[1] - len(row.source) for row in rows]),
         )
+        self.full = slots.sum(dim=1).tolist()
+        self.kept = [int(slots[i][row.source].sum()) for i, row in enumerate(rows)]
         changed = dict(
             inputs_embeds=states,
             position_ids=for_decoder(ids),
@@ -261,6 +275,7 @@ class _Hooks:
         """The images of each row by number; beams and further returned sequences show the same ones."""
         counts, lengths = slots.sum(dim=1).tolist(), [length for length, _ in self.images]
         repeats, images, number = max(sum(counts) // max(sum(lengths), 1), 1), [], 0
+        self.repeats = repeats
         for count in counts[::repeats]:
             first = number
             while number < len(lengths) and sum(lengths[first:number]) < count:
@@ -273,42 +288,36 @@ class _Hooks:
             )
         return images
 
-    def select(self, images: Sequence[Sequence[int]], words: Tensor) -> list[list[_Placed]]:
-        """Prune each image once. images: of each row; words: [B, L] bool, the text of the prompts."""
-        owner = {number: row for row in reversed(range(len(images))) for number in images[row]}
-        prompts = list(dict.fromkeys(owner[number] for number in range(len(self.images))))
-        if self.texts is not None and len(self.texts) < len(prompts):
-            raise ValueError(f"texts holds {len(self.texts)} texts for {len(prompts)} prompts with images")
-        made, drawn = [], 0
-        if self.seeds is not None and len(self.seeds) != (runs := sum(len(units) for _, units in self.images)):
-            raise ValueError(
-                f"seed lists {len(self.seeds)} numbers for {runs} images (or tiles, where a model has them)"
-            )
-        for number, (_, units) in enumerate(self.images):
-            row = owner[number]
+    def select(self, images: Sequence[Sequence[int]], text: Tensor) -> list[list[_Placed]]:
+        """Prune each image once. images: of each row; text: [B, L] bool, where the prompts have words."""
+        prompts = len(images) // self.repeats
+        given = dict(seed=self.seeds, texts=self.words["clip_text"], questions=self.words["clip_prompt"])
+        for name, listed in given.items():
+            if listed is not None and len(listed) != prompts:
+                raise ValueError(f"{name} must hold one for each prompt, got {len(listed)} for {prompts} prompts")
+        made = {}
+        for prompt, row in enumerate(range(0, len(images), self.repeats)):
+            seed = self.cell.seed if self.seeds is None else self.seeds[prompt]
+            said = {name: partial(self.embedded, name, prompt, self.input_ids[row][text[row]]) for name in self.words}
+            for number in images[row]:
+                made[number] = []
+                for unit in self.images[number][1]:
+                    if self.with_text:
+                        unit = unit.take(torch.zeros(1, dtype=torch.int64, device=unit.features.device), **said)
+                    (selection,) = select(self.prune, unit, self.cell.keep, [seed])
+                    selection = reorder(selection, self.cell.order, seed)
+                    ids = assign(selection.origin, unit.unpruned, self.cell.ids, seed)
+                    made[number].append(_Placed(unit.unpruned, selection, ids))
+        return [made[number] for number in range(len(self.images))]
 
-            def text(row: int = row) -> Tensor:
-                return self.clip().text([self.text(prompts.index(row), self.input_ids[row][words[row]])])
-
-            placed = []
-            for unit in units:
-                seed = self.seeds[drawn] if self.seeds is not None else self.cell.seed
-                if self.with_text:
-                    first = torch.zeros(1, dtype=torch.int64, device=unit.features.device)
-                    unit = unit.take(first, clip_text=text, clip_prompt=text)
-                (selection,) = select(self.prune, unit, self.cell.keep, [seed])
-                selection = reorder(selection, self.cell.order, seed)
-                ids = assign(selection.origin, unit.unpruned, self.cell.ids, seed)
-                placed.append(_Placed(unit.unpruned, selection, ids))
-                drawn += 1
-            made.append(placed)
-        return made
-
-    def text(self, prompt: int, tokens: Tensor) -> str:
-        """What a method that reads words compares patches with."""
-        if self.texts is not None:
-            return self.texts[prompt]
-        return getattr(self.processor, "tokenizer", self.processor).decode(tokens, skip_special_tokens=True).strip()
+    def embedded(self, name: str, prompt: int, tokens: Tensor) -> Tensor:
+        """[1, P] the signal of this name: CLIP's embedding of the words given for a prompt, else its own ones."""
+        if (given := self.words[name]) is not None:
+            return self.clip().text([given[prompt]])
+        if self.processor is None:
+            raise ValueError("this method reads words; give `pruned` the processor, or texts and questions")
+        tokenizer = getattr(self.processor, "tokenizer", self.processor)
+        return self.clip().text([tokenizer.decode(tokens, skip_special_tokens=True).strip()])
 
     def row(
         self, embeds: Tensor, given: Tensor, valid: Tensor, slots: Tensor, images: list[tuple[int, list[_Placed]]]
@@ -387,11 +396,9 @@ class _Hooks:
         return output
 
 
-def _check(model: PreTrainedModel, cell: Cell, prune: Pruner, signals: Sequence[str]) -> None:
-    """Try the method on random tokens with the signals that the model offers. ValueError where it cannot run."""
-    if cell.pruner == "none" and cell.keep not in (None, 1):
-        raise ValueError(f"pruner 'none' keeps every token: keep must be None or 1, got {cell.keep}")
-    made = torch.rand(1, 17, 8)
+def check_pruner(model: PreTrainedModel, cell: Cell) -> Pruner:
+    """The cell's method, tried on random tokens with the model's signals. ValueError where it cannot run."""
+    prune, made, signals = find_pruner(cell.pruner), torch.rand(1, 17, 8), offers(model.config)
     shapes = {
         "patches": made[:, 1:],
         "cls": made[:, 0],
@@ -402,16 +409,15 @@ def _check(model: PreTrainedModel, cell: Cell, prune: Pruner, signals: Sequence[
         "clip_text": made[:, 0],
         "clip_prompt": made[:, 0],
     }
-    offered = Signals(**{name: functools.partial(shapes.__getitem__, name) for name in signals})
+    offered = Signals(**{name: partial(shapes.__getitem__, name) for name in signals})
     try:
         select(prune, VisualTokens(made[:, 1:], (4, 4), offered, lambda patches: patches), cell.keep, [0])
     except AttributeError as error:
-        runs = (
-            "random, spatial and divprune, which need none" if WITH_CLS[1] not in signals else "those that read no text"
-        )
+        runs = "those that read no words" if WITH_CLS[1] in signals else "random, spatial and divprune, which need none"
         raise ValueError(
             f"pruner {cell.pruner!r} cannot run on a {model.config.model_type} model: {error}; methods that can: {runs}"
         ) from error
+    return prune
 
 
 def _in_place_of(method: Callable, other: Callable) -> Callable:
@@ -434,16 +440,17 @@ def pruned(
     order: str = "method",
     seed: int | Sequence[int] = 0,
     texts: Sequence[str] | None = None,
+    questions: Sequence[str] | None = None,
     clip: str | Path | None = None,
-) -> Iterator[PreTrainedModel]:
+) -> Iterator[Pruned]:
     """Within the block, `model.generate` and `model(...)` read pruned images.
 
     model: of transformers, of a type in `models.towers.TOWERS`; processor: its processor or tokenizer, asked for the
     words of a prompt where a method reads them; pruner, keep, ids, order: as in `types.Cell`; seed: the same for all
-    images, so that an answer does not depend on its batch, or one for each image in the order of the prompts (for each
-    tile, where the decoder reads tiles one by one: InternVL, Idefics3, SmolVLM); texts: what a method that reads words
-    compares patches with, one for each prompt of the batch, else the prompt's own words; clip: folder or name of the
-    CLIP for such a method, by default what config.json names or LLaVA's.
+    images, so that an answer does not depend on its batch, or one for each prompt; texts, questions: what a method that
+    reads the expression, or the whole question, compares patches with, one for each prompt, else the prompt's own
+    words; clip: folder or name of the CLIP for such a method, by default the one that config.json names, or LLaVA's.
+    Yields a `Pruned`, which says how many tokens were kept.
 
     The output has the shape it has without pruning, and with keep=1 and ids="original" its very bits on a CPU. In
     hidden states a dropped token shows the state of the last kept one before it; attentions keep the pruned length.
@@ -452,7 +459,7 @@ def pruned(
     `prefill_chunk_size` and videos; RuntimeError where blocks are nested on one model, where a model is compiled or
     goes on from a pruned cache, and at the end of a block in which no image was pruned.
     """
-    signals = offers(model.config)
+    offers(model.config)  # raises for a model that cannot be pruned
     if not hasattr(model, "generate"):
         raise ValueError(
             f"{type(model).__name__} cannot generate; give the whole model, as ...ForConditionalGeneration loads it"
@@ -465,16 +472,15 @@ def pruned(
         )
     listed = None if isinstance(seed, int) else list(seed)
     cell = Cell(pruner, keep, order, ids, 0 if listed is not None else seed)
-    prune = find_pruner(pruner)
     parse_spec(order, ORDERS)
     parse_spec(ids)
-    _check(model, cell, prune, signals)
+    prune = check_pruner(model, cell)
     if model in _ACTIVE:
         raise RuntimeError("this model is being pruned already; leave the outer `with pruned(...)` first")
     named = clip or getattr(model.config, "clip", clips.DEFAULT)
     beside = Path(model.name_or_path).parent / str(named)
     load = functools.cache(lambda: clips.load(beside if beside.is_dir() else named, model.device, model.dtype))
-    hooks = _Hooks(model, processor, prune, cell, listed, texts, load)
+    hooks = Pruned(model, processor, prune, cell, listed, dict(clip_text=texts, clip_prompt=questions), load)
     base, handles = model.base_model, []
     _ACTIVE.add(model)
     try:
@@ -487,7 +493,7 @@ def pruned(
             decoder.register_forward_pre_hook(hooks.before_decoder, with_kwargs=True),
             decoder.register_forward_hook(hooks.after_decoder, with_kwargs=True),
         ]
-        yield model
+        yield hooks
     finally:
         _ACTIVE.discard(model)
         for handle in handles:

@@ -134,7 +134,7 @@ def test_a_quarter_with_original_ids_is_full_length_with_the_rest_masked_out(nam
     torch.testing.assert_close(beams.sequences_scores, scores, atol=1e-4, rtol=0)
 
 
-def cached_ids(self, cache, seen, kwargs, step=hf._Hooks.step):
+def cached_ids(self, cache, seen, kwargs, step=hf.Pruned.step):
     self.cut = self.cut._replace(next_id=torch.full_like(self.cut.next_id, self.prefilled))
     return step(self, cache, seen, kwargs)
 
@@ -143,7 +143,7 @@ def no_mask(method):
     return lambda self, *args: method(self, *args) | dict(attention_mask=None)
 
 
-def next_images(self, slots, shared=hf._Hooks.shared):
+def next_images(self, slots, shared=hf.Pruned.shared):
     count = len(self.images)
     return [[(number + 1) % count for number in row] for row in shared(self, slots)]
 
@@ -153,10 +153,10 @@ def padded_right(rows):
 
 
 MUTANTS = {
-    "cache-length IDs": [(hf._Hooks, "step", cached_ids)],
+    "cache-length IDs": [(hf.Pruned, "step", cached_ids)],
     "right padding": [(hf, "_left", padded_right)],
-    "lost mask": [(hf._Hooks, "step", no_mask(hf._Hooks.step)), (hf._Hooks, "prefill", no_mask(hf._Hooks.prefill))],
-    "wrong image": [(hf._Hooks, "shared", next_images)],
+    "lost mask": [(hf.Pruned, "step", no_mask(hf.Pruned.step)), (hf.Pruned, "prefill", no_mask(hf.Pruned.prefill))],
+    "wrong image": [(hf.Pruned, "shared", next_images)],
 }
 
 
@@ -233,7 +233,7 @@ def test_ids_and_seeds_are_used():
     assert not torch.equal(second["original"], second["original+cache"])
     assert not torch.equal(first["original"], first["original@compact"])
     assert not torch.equal(first["compact"], first["original@compact"])
-    with pruned(model_of("llava"), None, "random", keep=0.25, seed=[0, 0, 0, 1]):
+    with pruned(model_of("llava"), None, "random", keep=0.25, seed=[0, 0, 1]):
         other = answer("llava").logits[0]
     assert torch.equal(other[:2], first["original"][:2])
     assert not torch.equal(other[2], first["original"][2])
@@ -242,8 +242,8 @@ def test_ids_and_seeds_are_used():
 def refused(error, message, name="llava", model=None, **options):
     """The message with which a block raises; it runs `call` inside."""
     call = options.pop("call", lambda model: model.generate(**inputs_of(name), max_new_tokens=2))
-    with pytest.raises(error, match=re.escape(message)), pruned(model or model_of(name), None, **options) as inside:
-        call(inside)
+    with pytest.raises(error, match=re.escape(message)), pruned(model or model_of(name), None, **options):
+        call(model or model_of(name))
 
 
 def nested(model):
@@ -329,8 +329,8 @@ WRONG = {
     "keep of none": (ValueError, "keep must be None or 1", dict(pruner="none", keep=0.5)),
     "ids": (ValueError, "did you mean 'original'", dict(ids="orignal")),
     "order": (ValueError, "an order has no text rule", dict(order="raster@after")),
-    "seeds": (ValueError, "seed lists 2 numbers for 4 images", dict(pruner="random", seed=[1, 2])),
-    "texts": (ValueError, "texts holds 1 texts for 3 prompts", dict(pruner="random", texts=["a"])),
+    "seeds": (ValueError, "seed must hold one for each prompt, got 2 for 3", dict(pruner="random", seed=[1, 2])),
+    "texts": (ValueError, "texts must hold one for each prompt, got 1 for 3", dict(pruner="random", texts=["a"])),
 }
 
 

@@ -32,7 +32,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(folder):
-    return models.load(folder, device="cpu")
+    return replace(models.load(folder, device="cpu"), max_new_tokens=12)
 
 
 @pytest.fixture(scope="module")

@@ -27,6 +27,7 @@ from tqdm import tqdm
 from analysis import keys, results
 from analysis.engine.decode import draft_from, greedy, prompt_inputs, shared_context
 from analysis.models import Model
+from analysis.models.by_generate import ByGenerate
 from analysis.positions import ORDERS, assign, parse_spec, reorder
 from analysis.pruning import Pruner, select
 from analysis.pruning import pruner as find_pruner
@@ -152,7 +153,7 @@ class Run:
     key: fingerprint of everything but the cells, which each finished part carries; provenance: of the whole file.
     """
 
-    model: Model
+    model: Model | ByGenerate
     dataset: RecDataset
     grid: Sequence[Cell]
     by_text: dict[tuple[str, float | None], bool]
@@ -321,6 +322,9 @@ def _tables(
     missing: Sequence[Cell],
 ) -> Iterator[tuple[Cell, pd.DataFrame]]:
     """The finished rows of one chunk, cell by cell; images and errors as `_readable` gives them."""
+    if isinstance(run.model, ByGenerate):
+        yield from _tables_by_generate(run, rows, images, errors, missing)
+        return
     model, encoded = run.model, list(_encode(run.model, images, run.state))
     unpruned = {image_id: visual.unpruned for image_ids, visual in encoded for image_id in image_ids}
     ask = model.ask if "answer" in rows else model.prompt
@@ -346,12 +350,65 @@ def _tables(
         yield cell, table.astype({"keep": float}).reset_index(drop=True)
 
 
+def _tables_by_generate(
+    run: Run,
+    rows: pd.DataFrame,
+    images: dict[Any, Image.Image],
+    errors: dict[Any, str],
+    missing: Sequence[Cell],
+) -> Iterator[tuple[Cell, pd.DataFrame]]:
+    """As `_tables`, for a model that the engine cannot run: every expression goes through `generate` with its image."""
+    model, message = run.model, run.model.ask_for if "answer" in rows else run.model.rec
+    for cell in missing:
+        table = id_columns(model, run.dataset, rows, _columns(rows)).assign(
+            raw="", dialect=model.dialect, frame=model.frame, **cell.columns(), tokens=np.nan, tokens_full=np.nan
+        )
+        todo = [row for row, image_id in rows["image_id"].items() if image_id in images]
+        run.bar.update(len(rows) - len(todo))
+        while todo:
+            part = rows.loc[todo[: run.state.expressions]]
+            seeds = [image_seed(cell.seed, image_id) for image_id in part["image_id"]]
+            shown = [images[image_id] for image_id in part["image_id"]]
+            try:
+                said, done = model.answer(shown, list(part["expression"]), message, cell, seeds)
+            except torch.OutOfMemoryError:
+                run.state.expressions = _out_of_memory(model, len(part), "expressions")
+                continue
+            answered = dict(raw=said, tokens=np.array(done.kept, float), tokens_full=np.array(done.full, float))
+            table.loc[part.index, list(answered)] = pd.DataFrame(answered, index=part.index)
+            todo = todo[len(part) :]
+            run.bar.update(len(part))
+        table["error"] = [errors.get(image_id, "") for image_id in rows["image_id"]]
+        yield cell, table.astype({"keep": float}).reset_index(drop=True)
+
+
 def _device(model: Model) -> str:
     return torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type
 
 
+def _check_model(model: Model | ByGenerate, grid: Sequence[Cell]) -> dict[tuple[str, float | None], bool]:
+    """For each pruner and keep ratio of the grid, `needs_text`. Raises ValueError where one, or IDs, cannot run."""
+    if isinstance(model, ByGenerate):
+        for cell in grid:
+            model.check(cell)
+        return {}
+    by_text = {}
+    for pruner, keep in dict.fromkeys((c.pruner, c.keep) for c in grid):
+        try:
+            by_text[pruner, keep] = needs_text(model, find_pruner(pruner), keep)
+        except (ValueError, AttributeError, OSError) as error:
+            raise ValueError(f"pruner {pruner!r} cannot run on {model.name} with keep {keep}: {error}") from error
+    unpruned = _blank(model).unpruned
+    for ids in dict.fromkeys(c.ids for c in grid):
+        try:
+            assign(torch.zeros(1, dtype=torch.int64, device=unpruned.visual.device), unpruned, ids, 0)
+        except ValueError as error:
+            raise ValueError(f"IDs {ids!r} cannot be given on {model.name}: {error}") from error
+    return by_text
+
+
 def evaluate(
-    model: Model,
+    model: Model | ByGenerate,
     dataset: RecDataset,
     grid: Sequence[Cell],
     out: str | Path,
@@ -389,19 +446,7 @@ def evaluate(
             f"shard {shard} of {pieces} pieces of work, each one cell on up to {chunk} images; there can "
             f"be no more than {pieces} shards"
         )
-    by_text = {}
-    for pruner, keep in dict.fromkeys((c.pruner, c.keep) for c in grid):
-        try:
-            by_text[pruner, keep] = needs_text(model, find_pruner(pruner), keep)
-        except (ValueError, AttributeError, OSError) as error:
-            raise ValueError(f"pruner {pruner!r} cannot run on {model.name} with keep {keep}: {error}") from error
-    unpruned = _blank(model).unpruned
-    for ids in dict.fromkeys(c.ids for c in grid):
-        try:
-            assign(torch.zeros(1, dtype=torch.int64, device=unpruned.visual.device), unpruned, ids, 0)
-        except ValueError as error:
-            raise ValueError(f"IDs {ids!r} cannot be given on {model.name}: {error}") from error
-
+    by_text = _check_model(model, grid)
     settings = {
         "model": model.name,
         "revision": model.revision,
@@ -423,7 +468,10 @@ def evaluate(
         whole |= {"shard": shard, "whole": whole["fingerprint"]}
         whole["fingerprint"] = keys.fingerprint([key, whole["cells"], shard])
     out = results.shard_path(out, shard)
-    start, draft = time.monotonic(), () if "answer" in dataset.rows else box_draft(model)
+    start, draft = (
+        time.monotonic(),
+        () if "answer" in dataset.rows or isinstance(model, ByGenerate) else box_draft(model),
+    )
     state = RunState(batch_size, chunk, draft)
     with results.alone(out):
         if (rows := results.finished(out, whole["fingerprint"])) is None:

@@ -17,7 +17,7 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from safetensors import safe_open
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from analysis.models import llava, llava_next, minigpt_v2, qwen2_5_vl, shikra
+from analysis.models import internvl, llava, llava_next, llava_onevision, minigpt_v2, qwen2_5_vl, qwen3_vl, shikra
 from analysis.models.base import ATTENTION, Model
 from analysis.registry import pick
 
@@ -37,6 +37,10 @@ FAMILIES = {
     "shikra": shikra,
     "minigpt_v2": minigpt_v2,
     "qwen2_5_vl": qwen2_5_vl,
+    # and those that `hf.pruned` and `generate` answer for, without the engine
+    "qwen3_vl": qwen3_vl,
+    "internvl": internvl,
+    "llava_onevision": llava_onevision,
 }
 
 
@@ -68,6 +72,9 @@ KNOWN: dict[str, Known] = {  # by their name on the Hugging Face hub, where they
     ),
     "Qwen/Qwen2.5-VL-3B-Instruct": Known(3.75, "391 at 640 x 480", 7.5, "Qwen Research"),
     "Qwen/Qwen2.5-VL-7B-Instruct": Known(8.29, "391 at 640 x 480", 16.6, "Apache 2.0"),
+    "Qwen/Qwen3-VL-8B-Instruct": Known(8.77, "300 at 640 x 480", 17.5, "Apache 2.0"),
+    "OpenGVLab/InternVL3-8B-hf": Known(7.94, "256 for each of up to 13 tiles", 15.9, "Apache 2.0"),
+    "llava-hf/llava-onevision-qwen2-7b-ov-hf": Known(8.03, "729 and its tiles", 16.1, "Apache 2.0"),
     "MiniGPT-v2": Known(7.8, "256", None, "Llama 2", True, "python -m analysis.models.convert minigpt-v2 --help"),
 }
 
@@ -177,11 +184,10 @@ def load(
             folder,
             config=config,
             dtype=dtype,
-            attn_implementation=ATTENTION,
             local_files_only=True,
             output_loading_info=True,
             use_safetensors=True,
-            **options,
+            **dict(attn_implementation=ATTENTION) | options,
         )
         if wrong := {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}:
             raise ValueError(f"{name}: the weights do not fit config.json: {wrong}")

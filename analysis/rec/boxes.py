@@ -257,6 +257,44 @@ def strict_minigpt_v2(text: str) -> Boxes | None:
     return np.array([int(number) / 100 for number in numbers]) if len(numbers) == 4 else None
 
 
+def _thousandths(box: ArrayLike) -> str:
+    return ", ".join(f"{1000 * x:.0f}" for x in _clipped(box))
+
+
+def format_qwen3_vl(box: ArrayLike) -> str:
+    """{"bbox_2d": [12, 34, 56, 78]}: fractions [4] clipped to 0..1, in whole thousandths. ValueError as above."""
+    return '{"bbox_2d": [' + _thousandths(box) + "]}"
+
+
+def parse_qwen3_vl(text: str) -> Boxes | None:
+    """As `parse_qwen2_5_vl`, but thousandths made fractions; None also where one is beyond 1000."""
+    box = parse_qwen2_5_vl(text)
+    return None if box is None else _ordered(box / 1000)
+
+
+def strict_qwen3_vl(text: str) -> Boxes | None:
+    """As `strict_qwen2_5_vl`, but thousandths made fractions."""
+    box = strict_qwen2_5_vl(text)
+    return None if box is None else box / 1000
+
+
+def format_internvl(box: ArrayLike) -> str:
+    """[[12, 34, 56, 78]]: fractions [4] clipped to 0..1, in whole thousandths. ValueError as above."""
+    return f"[[{_thousandths(box)}]]"
+
+
+def parse_internvl(text: str) -> Boxes | None:
+    """The first bracketed list of four numbers, thousandths made fractions; else as `parse_llava`."""
+    found = _BRACKETED.search(text)
+    return _ordered(np.array(found.groups(), dtype=np.float64) / 1000) if found else None
+
+
+def strict_internvl(text: str) -> Boxes | None:
+    """The first list of four numbers as `strict_llava` reads it, thousandths made fractions."""
+    box = strict_llava(text)
+    return None if box is None else box / 1000
+
+
 def strict_qwen2_5_vl(text: str) -> Boxes | None:
     """The first object's box where the answer, without a fence around it, is JSON; else None.
 
@@ -277,6 +315,8 @@ DIALECTS: dict[str, Dialect] = {
     "shikra": Dialect(format_shikra, parse_llava, "gt", strict_shikra),
     "minigpt_v2": Dialect(format_minigpt_v2, parse_minigpt_v2, "plus_one", strict_minigpt_v2),
     "qwen2_5_vl": Dialect(format_qwen2_5_vl, parse_qwen2_5_vl, "ge", strict_qwen2_5_vl),  # in pixels, not fractions
+    "qwen3_vl": Dialect(format_qwen3_vl, parse_qwen3_vl, "ge", strict_qwen3_vl),
+    "internvl": Dialect(format_internvl, parse_internvl, "ge", strict_internvl),
 }
 
 # How an answer becomes a box: `Dialect.parse` finds one wherever the text has one, and so measures where a model

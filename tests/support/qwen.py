@@ -7,10 +7,13 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import (
+    BatchFeature,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2VLImageProcessorPil,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
 )
 
 from analysis.refstamps.grammar import vocabulary
@@ -47,24 +50,38 @@ def tokenizer():
     )
 
 
+VISION = dict(
+    depth=3,
+    num_heads=2,
+    hidden_size=16,
+    intermediate_size=24,
+    out_hidden_size=32,
+    patch_size=6,
+    spatial_merge_size=2,
+    temporal_patch_size=2,
+)
+CLASSES = {
+    "qwen2_5_vl": (
+        Qwen2_5_VLConfig,
+        Qwen2_5_VLForConditionalGeneration,
+        dict(window_size=48, fullatt_block_indexes=[2]),
+    ),
+    "qwen3_vl": (
+        Qwen3VLConfig,
+        Qwen3VLForConditionalGeneration,
+        dict(num_position_embeddings=64, deepstack_visual_indexes=[0, 1]),
+    ),
+}
+
+
 @torch.no_grad()
-def build(folder):
+def build(folder, family="qwen2_5_vl"):
     """The model, saved in the folder with its other files."""
     words = tokenizer()
     ids = words.get_vocab()
-    config = Qwen2_5_VLConfig(
-        vision_config=dict(
-            depth=3,
-            num_heads=2,
-            hidden_size=16,
-            intermediate_size=24,
-            out_hidden_size=32,
-            patch_size=6,
-            spatial_merge_size=2,
-            temporal_patch_size=2,
-            window_size=48,
-            fullatt_block_indexes=[2],
-        ),
+    config_class, whole_class, more = CLASSES[family]
+    config = config_class(
+        vision_config=VISION | more,
         text_config=dict(
             vocab_size=len(words),
             hidden_size=32,
@@ -72,6 +89,7 @@ def build(folder):
             num_hidden_layers=3,
             num_attention_heads=4,
             num_key_value_heads=2,
+            head_dim=8,
             initializer_range=0.3,
             max_position_embeddings=1024,
             rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[1, 1, 2]),
@@ -85,7 +103,7 @@ def build(folder):
         vision_end_token_id=ids["<|vision_end|>"],
     )
     torch.manual_seed(0)
-    whole = Qwen2_5_VLForConditionalGeneration(config).eval()
+    whole = whole_class(config).eval()
     for weight in whole.model.visual.parameters():
         if weight.ndim > 1:
             weight.normal_(0, 0.3)
@@ -105,3 +123,22 @@ def prepared(folder, images, texts):
     asked = words(full, padding=True, return_tensors="pt", return_token_type_ids=False)
     kinds = (asked["input_ids"] == words.convert_tokens_to_ids("<|image_pad|>")).int()
     return dict(**asked, **seen, mm_token_type_ids=kinds)
+
+
+class Processor:
+    """As transformers' processor, whose class asks for torchvision."""
+
+    def __init__(self, folder):
+        self.folder, self.tokenizer = folder, PreTrainedTokenizerFast.from_pretrained(folder)
+        self.batch_decode = self.tokenizer.batch_decode
+
+    def apply_chat_template(self, chats, tokenize=False, processor_kwargs=None, **more):
+        def told(chat):
+            _, text = chat[0]["content"]
+            body = f"<|vision_start|><|image_pad|><|vision_end|>{text['text']}"
+            return f"<|im_start|>user\n{body}<|im_end|>\n<|im_start|>assistant\n"
+
+        if not tokenize:
+            return told(chats)
+        images = [chat[0]["content"][0]["image"] for chat in chats]
+        return BatchFeature(prepared(self.folder, images, list(map(told, chats))))
