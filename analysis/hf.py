@@ -405,7 +405,9 @@ def check_pruner(model: PreTrainedModel, cell: Cell) -> Pruner:
         "cls_attention": made[:, 1:, 0],
         "keys": made,
         "cls_query": made[:, 0],
+        "read_keys": made,
         "clip_patches": made[:, 1:],
+        "clip_read": made[:, 1:],
         "clip_text": made[:, 0],
         "clip_prompt": made[:, 0],
     }

@@ -37,6 +37,10 @@ PRUNERS = {
     "fastervlm": "FasterVLM",
     "divprune": "DivPrune",
     "visionzip": "VisionZip",
+    "vispruner": "VisPruner",
+    "cdpruner": "CDPruner",
+    "holov": "HoloV",
+    "dart": "DART",
 }
 
 

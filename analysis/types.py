@@ -24,7 +24,9 @@ class Signals:
       cls_attention  [B, N]         attention of [CLS] to each patch in the block that made that layer, mean over heads
       keys           [B, 1 + N, C]  keys of the tower's last block, heads side by side, [CLS] first
       cls_query      [B, C]         the same block's query of [CLS]
+      read_keys      [B, 1 + N, H]  keys of the block that made the layer the connector reads, mean over heads
       clip_patches   [B, N, P]      patches of the last layer in the space CLIP shares with text, not normalised
+      clip_read      [B, N, P]      the same of the layer the connector reads
       clip_text      [B, P]         CLIP's embedding of the expression, not normalised
       clip_prompt    [B, P]         the same of the whole question, cut to CLIP's text length
     A pruner that asks for one of `TEXT` selects anew for every expression, any other once for an image.

@@ -21,9 +21,11 @@ def test_text_and_patches_equal_transformers_own(tiny):
     expected = torch.cat([own.model.get_text_features(input_ids=torch.tensor([i])).pooler_output for i in ids])
     torch.testing.assert_close(own.text(texts), expected, atol=1e-5, rtol=1e-4)
     assert own.text(texts[:1]).allclose(own.text(texts)[:1], atol=1e-5)  # padding changes nothing
-    last = tiny.tower(tiny.pixels(IMAGES), output_hidden_states=True).hidden_states[-1]
-    projected = own.model.visual_projection(tiny.tower.post_layernorm(last))
-    torch.testing.assert_close(tiny.encode(IMAGES).signals.clip_patches, projected[:, 1:])
+    hidden = tiny.tower(tiny.pixels(IMAGES), output_hidden_states=True).hidden_states
+    signals = tiny.encode(IMAGES).signals
+    for found, layer in ((signals.clip_patches, hidden[-1]), (signals.clip_read, hidden[-2])):
+        projected = own.model.visual_projection(tiny.tower.post_layernorm(layer))
+        torch.testing.assert_close(found, projected[:, 1:])
 
 
 def test_long_text_is_cut_and_keeps_its_end_token(tiny):
@@ -40,6 +42,9 @@ def test_keys_and_query_of_the_last_block(tiny):
     entered = block.layer_norm1(hidden[-2])
     assert torch.equal(visual.signals.keys, block.self_attn.k_proj(entered))
     torch.testing.assert_close(visual.signals.cls_query, block.self_attn.q_proj(entered)[:, 0])
+    read = tiny.tower.encoder.layers[-2]  # makes the layer that the connector reads, with two heads of 8
+    made = read.self_attn.k_proj(read.layer_norm1(hidden[-3]))
+    torch.testing.assert_close(visual.signals.read_keys, (made[..., :8] + made[..., 8:]) / 2)
     assert torch.equal(visual.connect(visual.signals.patches), visual.features)
 
 

@@ -174,6 +174,10 @@ def test_signals_of_the_mosaic_are_its_tiles_own(model, size):
     torch.testing.assert_close(signals.patches[0], laid(tower.hidden_states[-2][:, 1:]))
     torch.testing.assert_close(signals.cls_attention[0], laid(tower.attentions[-2][:, :, 0, 1:].mean(1)))
     torch.testing.assert_close(signals.keys[0], torch.cat([keys[0, :1], laid(keys[:, 1:])]))
+    block = model.tower.encoder.layers[-2]
+    with torch.inference_mode():
+        keys = block.self_attn.k_proj(block.layer_norm1(tower.hidden_states[-3])).unflatten(-1, (2, 8)).mean(2)
+    torch.testing.assert_close(signals.read_keys[0], torch.cat([keys[0, :1], laid(keys[:, 1:])]))
     for one in (signals, visual.signals):
         torch.testing.assert_close(one.cls[0], tower.hidden_states[-2][0, 0])
     torch.testing.assert_close(visual.signals.cls_attention[0], tower.attentions[-2][0, :, 0, 1:].mean(0))

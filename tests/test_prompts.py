@@ -1,8 +1,8 @@
 """The prompts token by token: against the IDs that upstream's code makes with Llama's vocabulary.
 
 The lists are facts, of upstream's own code run with Llama's tokenizer at the version of transformers that each names
-(LLaVA at any; MiniGPT-v2 at 4.30.0; Shikra at 4.28). `llama_pieces.json` has the pieces of these prompts, each with its ID:
-merged in the order of their IDs they cut these prompts as the whole vocabulary does.
+(LLaVA at any; MiniGPT-v2 at 4.30.0; Shikra at 4.28). `llama_pieces.json` has the pieces of these prompts, each with its
+ID: merged in the order of their IDs they cut these prompts as the whole vocabulary does.
 """
 
 import json

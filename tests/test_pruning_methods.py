@@ -74,9 +74,9 @@ class Image:
         return floor(row + Fraction(1, 2)) * self.columns + floor(column + Fraction(1, 2))
 
 
-def text_similarity(image, k, about="expression"):
-    words = {"expression": image.clip_text, "prompt": image.clip_prompt}[about]
-    return image.own(best([cosine(patch, words) for patch in image.clip_patches], k))
+def text_similarity(image, k, about="expression", lowest=False):
+    words, sign = {"expression": image.clip_text, "prompt": image.clip_prompt}[about], -1 if lowest == "true" else 1
+    return image.own(best([sign * cosine(patch, words) for patch in image.clip_patches], k))
 
 
 def fastervlm(image, k):
@@ -103,10 +103,11 @@ def room(k, n, scores, anchor):
     return (k - 1 if leftover else k), leftover
 
 
-def trim(image, k, about="prompt", anchor="centroid", lowest=True):
+def trim(image, k, about="prompt", anchor="centroid", lowest=True, layer="last"):
     words = {"expression": image.clip_text, "prompt": image.clip_prompt}[about]
     sign = -1 if lowest is True else 1  # written "false" in a specification
-    scores = softmax([sign * dot(patch, words) for patch in image.clip_patches])
+    patches = {"last": image.clip_patches, "read": image.clip_read}[layer]
+    scores = softmax([sign * dot(patch, words) for patch in patches])
     m, leftover = room(k, image.n, scores, anchor)
     chosen = sorted(best(scores, m))
     pruned = [i for i in range(image.n) if i not in chosen]
@@ -117,7 +118,7 @@ def trim(image, k, about="prompt", anchor="centroid", lowest=True):
     return found
 
 
-def prumerge(image, k, plus=False, anchor="centroid"):
+def prumerge(image, k, plus=False, anchor="centroid", overlap=False):
     n, patches, query = image.n, image.patches, image.cls_query
     a = softmax([dot(query, key) / sqrt(len(query)) for key in image.keys])[1:]
     keys = image.keys[1:]
@@ -126,6 +127,9 @@ def prumerge(image, k, plus=False, anchor="centroid"):
     rest = [i for i in range(n) if i not in chosen]
     if plus and k is None:
         chosen += [i for i in range(0, n - 1, max(1, n // m // 3)) if i in rest]
+    elif plus and overlap:
+        spread = m - len(chosen)
+        chosen += [i for i in (floor((j + 0.5) * n / spread) for j in range(spread)) if i in rest]
     elif plus:
         spread = m - len(chosen)
         chosen += [rest[floor((j + 0.5) * len(rest) / spread)] for j in range(spread)]
@@ -144,7 +148,7 @@ def prumerge(image, k, plus=False, anchor="centroid"):
     return found
 
 
-def visionzip(image, k):
+def visionzip(image, k, keys="last"):
     c = 0 if k == image.n else floor(10 * k / 64 + 0.5)
     dominant = sorted(best(image.cls_attention, k - c))
     rest = [i for i in range(image.n) if i not in dominant]
@@ -152,13 +156,90 @@ def visionzip(image, k):
     joined = {target: [] for target in targets}
     for i in rest:
         if c and i not in targets:
-            keys = image.keys[1:]
-            joined[max(targets, key=lambda target: cosine(keys[i], keys[target]))].append(image.patches[i])
+            key = (image.read_keys if keys == "read" else image.keys)[1:]
+            joined[max(targets, key=lambda target: cosine(key[i], key[target]))].append(image.patches[i])
     found = image.own(dominant)
     for target in targets:
         share = [1 / len(joined[target]) for _ in joined[target]]
         found.append(image.token(total([1, *share], [image.patches[target], *joined[target]]), target, True))
     return found
+
+
+def vispruner(image, k, important=0.5):
+    order = best(image.cls_attention, image.n)
+    m = int(float(important) * k)
+    chosen, rest, patches = order[:m], order[m:], image.patches
+    while len(chosen) < k < len(chosen) + len(rest):
+        even, odd = rest[::2], rest[1::2]
+        likeness = {i: max(cosine(patches[i], patches[j]) for j in odd) for i in even}
+        even.sort(key=lambda i: -likeness[i])
+        rest = even[min(8, len(chosen) + len(rest) - k, len(even)) :] + odd
+    return image.own(sorted((chosen + rest)[:k]))
+
+
+def cdpruner(image, k, about="prompt", lowest=True, layer="last"):
+    """A token's gain is its distance from the span of the chosen ones: here by orthogonal directions."""
+    words, sign = {"expression": image.clip_text, "prompt": image.clip_prompt}[about], -1 if lowest is True else 1
+    similar = [sign * cosine(patch, words) for patch in {"last": image.clip_patches, "read": image.clip_read}[layer]]
+    span = max(similar) - min(similar)
+    relevance = [(x - min(similar) + 1e-6) / span if span > 1e-9 else 1.0 for x in similar]
+    left = [
+        [r * x / sqrt(dot(token, token)) for x in token]
+        for r, (token, _, _) in zip(relevance, image.own(range(image.n)))
+    ]
+    chosen = []
+    for _ in range(k):
+        others = [i for i in range(image.n) if i not in chosen]
+        gains = {i: dot(left[i], left[i]) for i in others}
+        one = max(others, key=lambda i: gains[i] if gains[i] > 1e-13 else relevance[i] - 2)
+        chosen.append(one)
+        if gains[one] > 1e-13:
+            unit = [x / sqrt(gains[one]) for x in left[one]]
+            left = [[x - dot(vector, unit) * u for x, u in zip(vector, unit)] for vector in left]
+    return image.own(sorted(chosen))
+
+
+def holov(image, k, crops=16):
+    n, crops, tokens = image.n, int(crops), [token for token, _, _ in image.own(range(image.n))]
+    bounds, parts = 0, []
+    for c in range(crops):
+        length = n // crops + (c < n % crops)
+        parts += [list(range(bounds, bounds + length))] * (length > 0)
+        bounds += length
+    scores = []
+    for part in parts:
+        seen, others = [1000 * image.cls_attention[i] for i in part], max(1, len(part) - 1)
+        norms = {i: sqrt(dot(tokens[i], tokens[i])) + 1e-6 for i in part}
+        spread = []
+        for i in part:
+            alike = [dot(tokens[i], tokens[j]) / norms[i] / norms[j] if i != j else 0 for j in part]
+            mean = sum(alike) / others
+            spread.append(sum((x - mean) ** 2 for x in alike) / others)
+        scale = sum(map(abs, seen)) / len(part) / (sum(spread) / len(part) + 1e-6)
+        scores.append(max(0, sum(x + 0.09 * scale * v for x, v in zip(seen, spread)) / len(part)))
+    order = best(scores, len(parts))
+    quotas = [floor(k * score / (sum(scores) + 1e-6)) for score in scores]
+    for c in order[: max(0, k - sum(quotas))]:
+        quotas[c] += 1
+    quotas = [min(quota, len(part)) for quota, part in zip(quotas, parts)]
+    while sum(quotas) < k:
+        for c in order:
+            quotas[c] += quotas[c] < len(parts[c]) and sum(quotas) < k
+    chosen = []
+    for quota, part in zip(quotas, parts):
+        most = sorted(part, key=lambda i: -image.cls_attention[i])[:quota]
+        chosen += part if quota == len(part) else most
+    return image.own(chosen)
+
+
+def dart(image, k, pivots=8):
+    tokens = [token for token, _, _ in image.own(range(image.n))]
+    chosen = best([sum(map(abs, key)) for key in image.keys[1:]], min(int(pivots), k))
+    p = len(chosen)
+    for i, pivot in enumerate(chosen[:]):
+        others = sorted((j for j in range(image.n) if j not in chosen), key=lambda j: cosine(tokens[pivot], tokens[j]))
+        chosen += others[: (k - p) // p + (i < (k - p) % p)]
+    return image.own(sorted(chosen))
 
 
 REFERENCES = {
@@ -168,24 +249,42 @@ REFERENCES = {
     "fastervlm": fastervlm,
     "divprune": divprune,
     "visionzip": visionzip,
+    "vispruner": vispruner,
+    "cdpruner": cdpruner,
+    "holov": holov,
+    "dart": dart,
 }
 SPECS = [
     "text_similarity",
     "text_similarity:about=prompt",
+    "text_similarity:lowest=true",
     "prumerge",
     "prumerge:anchor=last",
     "prumerge:anchor=drop",
     "prumerge+",
     "prumerge+:anchor=last",
     "prumerge+:anchor=drop",
+    "prumerge+:overlap=true",
     "trim",
     "trim:about=expression,anchor=last",
     "trim:anchor=drop",
     "trim:lowest=false",
+    "trim:layer=read",
     "fastervlm",
     "divprune",
     "visionzip",
+    "visionzip:keys=read",
+    "vispruner",
+    "vispruner:important=0.8",
+    "cdpruner",
+    "cdpruner:about=expression,lowest=false",
+    "cdpruner:layer=read",
+    "holov",
+    "holov:crops=6",
+    "dart",
+    "dart:pivots=3",
 ]
+OVERLAP = "prumerge+:overlap=true"  # may keep fewer than asked for
 ADAPTIVE = [spec for spec in SPECS if spec.startswith(("prumerge", "trim"))]
 
 
@@ -207,8 +306,10 @@ def flat(batch=3, rows=8, columns=6):
         features=unit[:5].expand(batch, n, 5),
         cls_attention=torch.full((batch, n), 0.5),
         keys=unit.expand(batch, 1 + n, 7),
+        read_keys=unit[:3].expand(batch, 1 + n, 3),
         cls_query=torch.zeros(batch, 7),
         clip_patches=unit[:6].expand(batch, n, 6),
+        clip_read=unit[:6].expand(batch, n, 6),
     )
 
 
@@ -266,7 +367,9 @@ def test_the_inputs_reach_both_sides_of_the_fence():
 def test_a_fixed_keep_is_met_exactly_with_distinct_tokens(spec, rows, columns, keep, seed):
     tokens, n = visual(2, rows, columns, seed), rows * columns
     for image, one in enumerate(pruner(spec)(tokens, keep)):
-        assert len(one.origin) == len(one.features) == len(one.synthetic) == max(1, floor(keep * n + 0.5))
+        k = max(1, floor(keep * n + 0.5))
+        assert len(one.origin) == len(one.features) == len(one.synthetic) <= k
+        assert len(one.origin) == k or spec == OVERLAP
         well_formed(one, n)
         if not spec.startswith("prumerge") or len(one.origin) == n:
             own = ~one.synthetic
@@ -374,9 +477,10 @@ def test_only_methods_about_text_read_text(spec):
     """All others are selected once for an image, for all its expressions."""
     tokens = visual()
     pruner(spec)(tokens, 0.5)
-    expression = {"text_similarity", "trim:about=expression,anchor=last"}
-    prompt = {"text_similarity:about=prompt", "trim", "trim:anchor=drop", "trim:lowest=false"}
-    wanted = {"clip_text"} if spec in expression else {"clip_prompt"} if spec in prompt else set()
+    name, _, options = spec.partition(":")
+    reads = "clip_text" if name == "text_similarity" else "clip_prompt"
+    reads = {"about=prompt": "clip_prompt", "about=expression": "clip_text"}.get(options.split(",")[0], reads)
+    wanted = {reads} if name in ("text_similarity", "trim", "cdpruner") else set()
     assert tokens.signals.asked & Signals.TEXT == wanted
 
 
@@ -404,6 +508,12 @@ def test_bad_keep_ratio(spec, keep):
         ("trim:anchr=last", "option of pruner 'trim' 'anchr'; did you mean 'anchor'.* valid: about, anchor"),
         ("prumerge+:about=prompt", "option of pruner 'prumerge[+]' 'about'; .*valid: plus, anchor"),
         ("divprune:anchor=last", "'divprune' takes no options"),
+        ("trim:layer=lst", r"option layer 'lst'; did you mean 'last'\? valid: last, read"),
+        ("visionzip:keys=first", "option keys 'first'; valid: last, read"),
+        ("vispruner:important=2", r"option important is the share .* in \[0, 1\], got 2"),
+        ("holov:crops=0", "option crops .* at least 1, got 0"),
+        ("holov:crops=true", "option crops .* at least 1, got True"),
+        ("dart:pivots=0.5", "option pivots .* at least 1, got 0.5"),
     ],
 )
 def test_unknown_options_and_values(spec, message):

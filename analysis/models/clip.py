@@ -47,9 +47,9 @@ class Clip:
         return self.model.text_projection(found.pooler_output)
 
     @torch.inference_mode()
-    def patches(self, tower, last: Tensor) -> Tensor:
-        """[B, N, P] of a tower's last hidden state [B, 1 + N, C], as CLIP itself embeds [CLS]; not normalised."""
-        return self.model.visual_projection(tower.post_layernorm(last[:, 1:]))
+    def patches(self, tower, hidden: Tensor) -> Tensor:
+        """[B, N, P] of a tower's hidden state [B, 1 + N, C], as CLIP embeds the last one's [CLS]; not normalised."""
+        return self.model.visual_projection(tower.post_layernorm(hidden[:, 1:]))
 
 
 def _folder(source: str | Path) -> Path:

@@ -81,7 +81,9 @@ class LlavaNext(base.Model):
             cls_attention=lambda: laid(views.cls_attention),
             cls_query=lambda: views.cls_query[first],
             keys=lambda: torch.cat([views.keys[first, :1], laid(views.keys[:, 1:])], dim=1),
+            read_keys=lambda: torch.cat([views.read_keys[first, :1], laid(views.read_keys[:, 1:])], dim=1),
             clip_patches=lambda: laid(views.clip_patches),
+            clip_read=lambda: laid(views.clip_read),
         )
         return VisualTokens(
             features[first],

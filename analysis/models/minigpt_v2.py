@@ -92,12 +92,18 @@ class MiniGPTv2(base.Model):
             all_keys = part(1)
             return torch.cat([all_keys[:, :1], strips(all_keys[:, 1:]).mean(dim=2)], dim=1)
 
+        @torch.inference_mode()
+        def read_keys() -> Tensor:  # the last block makes the layer that is read
+            heads = keys().unflatten(-1, (tower.config.num_attention_heads, -1))
+            return heads.mean(dim=2)
+
         return Signals(
             patches=lambda: strips(read[:, 1:]).flatten(2),
             cls=lambda: read[:, 0].repeat(1, STRIP),
             cls_attention=cls_attention,
             keys=keys,
             cls_query=lambda: part(0)[:, 0],
+            read_keys=read_keys,
         )
 
     def texts(self, expressions: Sequence[str]) -> dict[str, Callable[[], Tensor]]:

@@ -26,7 +26,7 @@ from analysis.types import Ids, Signals, VisualTokens
 Units = list[list[VisualTokens]]  # for each image of a batch (each sample of Idefics3) its runs of tokens, in order
 
 WITH_CLS = ("patches", "cls", "cls_attention", "keys", "cls_query")
-WITH_TEXT = (*WITH_CLS, "clip_patches", "clip_text", "clip_prompt")
+WITH_TEXT = (*WITH_CLS, "read_keys", "clip_patches", "clip_read", "clip_text", "clip_prompt")
 
 
 def cls_attention(attention: nn.Module, states: Tensor) -> Tensor:
@@ -51,13 +51,20 @@ def clip_signals(tower: nn.Module, hidden: tuple[Tensor, ...], layer: int, clip:
     """The signals of a CLIP tower that need no text. hidden: its hidden states; layer: the one that is read, from 1."""
     read, before, second_last, last = hidden[layer], hidden[layer - 1], hidden[-2], hidden[-1]
     block, final = tower.encoder.layers[layer - 1], tower.encoder.layers[-1]  # `block` makes `read`
+
+    def read_keys() -> Tensor:
+        keys = block.self_attn.k_proj(block.layer_norm1(before))
+        return keys.unflatten(-1, (block.self_attn.num_heads, -1)).mean(dim=2)
+
     return Signals(
         patches=lambda: read[:, 1:],
         cls=lambda: read[:, 0],
         cls_attention=lambda: cls_attention(block.self_attn, block.layer_norm1(before)),
         keys=lambda: final.self_attn.k_proj(final.layer_norm1(second_last)),
         cls_query=lambda: final.self_attn.q_proj(final.layer_norm1(second_last[:, 0])),
+        read_keys=read_keys,
         clip_patches=lambda: clip().patches(tower, last),
+        clip_read=lambda: clip().patches(tower, read),
     )
 
 
@@ -152,7 +159,9 @@ def _mosaic_signals(views: Signals, first: int, tiles: int, place: Tensor) -> Si
         cls_attention=lambda: laid("cls_attention"),
         cls_query=lambda: whole("cls_query"),
         keys=lambda: torch.cat([whole("keys")[:, :1], laid("keys", start=1)], dim=1),
+        read_keys=lambda: torch.cat([whole("read_keys")[:, :1], laid("read_keys", start=1)], dim=1),
         clip_patches=lambda: laid("clip_patches"),
+        clip_read=lambda: laid("clip_read"),
     )
 
 

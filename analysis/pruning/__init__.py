@@ -17,9 +17,12 @@ import yaml
 from torch import Tensor
 
 from analysis.pruning import (
+    cdpruner,
     cls_similarity,
+    dart,
     divprune,
     fastervlm,
+    holov,
     none,
     prumerge,
     random,
@@ -27,6 +30,7 @@ from analysis.pruning import (
     text_similarity,
     trim,
     visionzip,
+    vispruner,
 )
 from analysis.pruning._budget import budget
 from analysis.registry import pick
@@ -51,6 +55,10 @@ PRUNERS: dict[str, Pruner] = {
     "fastervlm": fastervlm.prune,
     "divprune": divprune.prune,
     "visionzip": visionzip.prune,
+    "vispruner": vispruner.prune,
+    "cdpruner": cdpruner.prune,
+    "holov": holov.prune,
+    "dart": dart.prune,
 }
 
 

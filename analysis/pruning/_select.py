@@ -16,11 +16,20 @@ from analysis.registry import pick
 from analysis.types import Selection, Signals, VisualTokens
 
 TEXTS = {"expression": "clip_text", "prompt": "clip_prompt"}
+LAYERS = {"last": "clip_patches", "read": "clip_read"}
 
 
 def text(signals: Signals, about: str) -> Tensor:
     """[B, P] CLIP's embedding of the text that `about` names. Raises ValueError on an unknown one."""
     return getattr(signals, pick(TEXTS, about, "value of option about")).float()
+
+
+def clip_patches(signals: Signals, layer: str) -> Tensor:
+    """[B, N, P] patches in CLIP's space, of the tower's "last" layer or of the one the connector reads ("read").
+
+    Raises ValueError on an unknown layer.
+    """
+    return getattr(signals, pick(LAYERS, layer, "value of option layer")).float()
 
 
 def flag(value: bool, option: str) -> bool:

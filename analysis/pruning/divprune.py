@@ -4,7 +4,7 @@ Source: arXiv:2503.02175, github.com/vbdi/divprune.
 Score: cosine distance between projected tokens (visual.features).
 Selection: greedy max-min. First the token whose nearest other token is farthest; then, k - 1 times, the token whose
   nearest chosen token is farthest. Ties go to the lower raster index. A chosen token is never chosen again; upstream
-  may choose it again where all others are copies of chosen ones, and rounds keep * N to even.
+  may choose it again where all others are copies of chosen ones. Upstream rounds halves of keep * N to even, not up.
 Order emitted: raster.
 Upstream IDs: compact (shifted).
 """

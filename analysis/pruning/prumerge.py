@@ -8,10 +8,13 @@ Selection: the k - 1 highest scores and one leftover token; k = 1 has no room fo
   keep none). Ties go to the lower raster index.
   plus, keep None: with m tokens by score, also every s-th from index 0 to N - 2, s = max(1, floor(floor(N / m) / 3)).
   plus, fixed keep: of the m = k - 1 tokens, ceil(m / 2) by score; the other g are spread over the L left in raster
-  order, at places floor((j + 1/2) L / g). Upstream has such halves too, but its two may overlap.
+  order, at places floor((j + 1/2) L / g).
+  Option overlap: false (default), or true for what upstream does in training, where the g places are those among all N
+  tokens, whatever the first half has; a token of both is kept once, so that fewer are kept (upstream reads it twice).
 Merging, before the connector: each kept x_i becomes x_i + sum a_j x_j over the 32 other patches j with the keys most
   similar to its own (cosine; the weights do not sum to 1, and kept tokens count as others). The leftover token is
-  sum a_j x_j over the pruned. If nothing is pruned, nothing is merged.
+  sum a_j x_j over the pruned. If nothing is pruned, nothing is merged, so that keep = 1 is the unpruned model
+  (upstream merges all the same, and appends a token of zeros).
   Option anchor, the raster index that the leftover token carries: "centroid" of the pruned, weighted by a (default),
   "last", or "drop" for no such token.
 Order emitted: score, descending; with plus, then the grid in raster order; the leftover token last.
@@ -39,7 +42,7 @@ def scores(visual: VisualTokens) -> Tensor:
     return logits.softmax(dim=1)[:, 1:]
 
 
-def _with_grid(order: Tensor, count: Tensor, adaptive: bool) -> tuple[Tensor, Tensor]:
+def _with_grid(order: Tensor, count: Tensor, adaptive: bool, overlap: bool) -> tuple[Tensor, Tensor]:
     """The order and count of PruMerge+ from those of PruMerge."""
     n = order.shape[1]
     raster, rank = torch.arange(n, device=order.device), order.argsort(dim=1)
@@ -51,8 +54,9 @@ def _with_grid(order: Tensor, count: Tensor, adaptive: bool) -> tuple[Tensor, Te
         m = int(count[0])  # a fixed keep gives every image the same
         half, g = m - m // 2, m // 2
         best = rank < half
-        places = [(2 * j + 1) * (n - half) // (2 * g) for j in range(g)]
-        grid = torch.isin((~best).cumsum(dim=1) - 1, torch.tensor(places, device=order.device))
+        candidates = torch.ones_like(best) if overlap else ~best
+        places = [(2 * j + 1) * (n if overlap else n - half) // (2 * g) for j in range(g)]
+        grid = candidates & torch.isin(candidates.cumsum(dim=1) - 1, torch.tensor(places, device=order.device))
     place = torch.where(best, rank, torch.where(grid, n + raster, 2 * n + raster))
     return place.argsort(dim=1), (best | grid).sum(dim=1)
 
@@ -76,6 +80,7 @@ def prune(
     seeds: Sequence[int] = (),
     plus: bool = False,
     anchor: str = "centroid",
+    overlap: bool = False,
 ) -> list[Selection]:
     """The most attended tokens, merged with their neighbours, best first, then the leftover token.
 
@@ -85,7 +90,7 @@ def prune(
     count, spare = existing(attention, keep, anchor)
     order = ranking(attention)
     if flag(plus, "plus"):
-        order, count = _with_grid(order, count, adaptive=keep is None)
+        order, count = _with_grid(order, count, keep is None, flag(overlap, "overlap"))
     index, n = order[:, : int(count.max())], order.shape[1]
     untouched = visual.features.take_along_dim(index[..., None], dim=1)
     tokens = torch.where(count[:, None, None] < n, _merged(visual, index, attention), untouched)

@@ -3,6 +3,7 @@
 Source: baseline of arXiv:2506.21873; its code is not public, so space, text and order are this project's choices.
 Score: cosine(text, signals.clip_patches) in the space that CLIP shares between image and text.
   Option about: "expression" (default, signals.clip_text) or "prompt" (the whole question, signals.clip_prompt).
+  Option lowest: false (default), or true for the patches least like the text, as TRIM has it.
 Selection: the k highest scores; ties go to the lower raster index.
 Order emitted: score, descending; order "raster" gives the other reading.
 Upstream IDs: compact (permuted and shifted; under raster order only shifted).
@@ -16,21 +17,25 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from analysis.pruning._budget import budget
-from analysis.pruning._select import ranking, text
+from analysis.pruning._select import flag, ranking, text
 from analysis.types import Selection, VisualTokens, kept
 
 
-def scores(visual: VisualTokens, about: str = "expression") -> Tensor:
-    """[B, N]. Raises ValueError on an unknown text."""
-    words = text(visual.signals, about)[
-        :, None
-    ]  # first, so that a model without a text tower is told that it lacks one
-    return cosine_similarity(visual.signals.clip_patches.float(), words, dim=-1)
+def scores(visual: VisualTokens, about: str = "expression", lowest: bool = False) -> Tensor:
+    """[B, N]. Raises ValueError on an unknown text or option."""
+    words = text(visual.signals, about)  # first, so that a model without a text tower is told that it lacks one
+    similarity = cosine_similarity(visual.signals.clip_patches.float(), words[:, None], dim=-1)
+    return -similarity if flag(lowest, "lowest") else similarity
 
 
 def prune(
-    visual: VisualTokens, keep: float | None, *, seeds: Sequence[int] = (), about: str = "expression"
+    visual: VisualTokens,
+    keep: float | None,
+    *,
+    seeds: Sequence[int] = (),
+    about: str = "expression",
+    lowest: bool = False,
 ) -> list[Selection]:
     """The k tokens most similar to the text, best first. Raises ValueError on a bad keep ratio or option."""
     k = budget(keep, visual.features.shape[1])
-    return kept(visual.features, ranking(scores(visual, about))[:, :k])
+    return kept(visual.features, ranking(scores(visual, about, lowest))[:, :k])

@@ -2,9 +2,10 @@
 
 Source: arXiv:2409.10994, github.com/FreedomIntelligence/TRIM.
 Score: softmax over patches of minus the dot product of signals.clip_patches and the text, neither normalised. The
-  patches *least* like the text win: that minus sign is upstream's, made for a CLIP whose patches have not been aligned
-  with words. Option lowest: true (default), or false for the patches most like the text. Upstream projects the layer
-  that the connector reads into CLIP's space, signals.clip_patches the tower's last.
+  patches *least* like the text win: that minus sign is in upstream's code, which gives no reason for it. Option lowest:
+  true (default), or false for the patches most like the text.
+  Option layer: "last" (default), signals.clip_patches, as CLIP itself embeds an image; or "read", upstream's: the layer
+  that the connector reads, projected into CLIP's space.
   Option about: "prompt" (default, the whole question as upstream) or "expression".
 Selection: the k - 1 highest scores and one leftover token, the mean patch of the pruned, before the connector;
   k = 1 has no room for it. keep None: scores above Q3 + 1.5 (Q3 - Q1) of the image, or the best if there is none
@@ -21,16 +22,14 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from analysis.pruning._select import emit, existing, flag, leftover, ranking, text
+from analysis.pruning._select import clip_patches, emit, existing, flag, leftover, ranking, text
 from analysis.types import Selection, VisualTokens
 
 
-def scores(visual: VisualTokens, about: str = "prompt", lowest: bool = True) -> Tensor:
+def scores(visual: VisualTokens, about: str = "prompt", lowest: bool = True, layer: str = "last") -> Tensor:
     """[B, N]. Raises ValueError on an unknown text or option."""
-    words = text(visual.signals, about)[
-        ..., None
-    ]  # first, so that a model without a text tower is told that it lacks one
-    similarity = (visual.signals.clip_patches.float() @ words)[..., 0]
+    words = text(visual.signals, about)  # first, so that a model without a text tower is told that it lacks one
+    similarity = (clip_patches(visual.signals, layer) @ words[..., None])[..., 0]
     return (-similarity if flag(lowest, "lowest") else similarity).softmax(dim=1)
 
 
@@ -42,9 +41,10 @@ def prune(
     about: str = "prompt",
     anchor: str = "centroid",
     lowest: bool = True,
+    layer: str = "last",
 ) -> list[Selection]:
-    """The tokens least (or most) like the text, then the mean of the others. Raises ValueError on a bad keep or option."""
-    score = scores(visual, about, lowest)
+    """The tokens least (or most) like the text, then the mean of the others. ValueError on a bad keep or option."""
+    score = scores(visual, about, lowest, layer)
     count, spare = existing(score, keep, anchor)
     n = score.shape[1]
     pruned = ranking(score).argsort(dim=1) >= count[:, None]
