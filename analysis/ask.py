@@ -21,7 +21,7 @@ from analysis.engine.evaluate import image_seed, texts
 from analysis.models import Model
 from analysis.positions import assign, reorder
 from analysis.pruning import pruner as find_pruner
-from analysis.pruning import select
+from analysis.pruning.images import prune_images
 from analysis.rec.boxes import DIALECTS, frame
 from analysis.rec.pictures import read_picture
 from analysis.types import Cell, Selection, VisualTokens
@@ -101,7 +101,7 @@ def answers(
     found = []
     for cell in grid:
         seed = image_seed(cell.seed, image_id)
-        [selection] = select(find_pruner(cell.pruner), visual, cell.keep, [seed])
+        [selection] = prune_images(find_pruner(cell.pruner), visual, cell.keep, [seed])
         selection = reorder(selection, cell.order, seed)
         ids = assign(selection.origin, visual.unpruned, cell.ids, seed)
         said = greedy(model, [prompt_inputs(model.embed, prompt, selection.features, ids).whole])

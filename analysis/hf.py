@@ -44,8 +44,9 @@ from analysis.engine.decode import for_decoder
 from analysis.models import clip as clips
 from analysis.models.towers import TOWERS, WITH_CLS, offers
 from analysis.positions import ORDERS, assign, parse_spec, reorder
-from analysis.pruning import Pruner, select
+from analysis.pruning import Pruner
 from analysis.pruning import pruner as find_pruner
+from analysis.pruning.images import prune_images
 from analysis.types import Cell, Ids, Selection, Signals, VisualTokens
 
 _ACTIVE: WeakSet[nn.Module] = WeakSet()  # models that a `pruned` block is changing now
@@ -304,7 +305,7 @@ class Pruned:
                 for unit in self.images[number][1]:
                     if self.with_text:
                         unit = unit.take(torch.zeros(1, dtype=torch.int64, device=unit.features.device), **said)
-                    (selection,) = select(self.prune, unit, self.cell.keep, [seed])
+                    (selection,) = prune_images(self.prune, unit, self.cell.keep, [seed])
                     selection = reorder(selection, self.cell.order, seed)
                     ids = assign(selection.origin, unit.unpruned, self.cell.ids, seed)
                     made[number].append(_Placed(unit.unpruned, selection, ids))
@@ -413,7 +414,7 @@ def check_pruner(model: PreTrainedModel, cell: Cell) -> Pruner:
     }
     offered = Signals(**{name: partial(shapes.__getitem__, name) for name in signals})
     try:
-        select(prune, VisualTokens(made[:, 1:], (4, 4), offered, lambda patches: patches), cell.keep, [0])
+        prune_images(prune, VisualTokens(made[:, 1:], (4, 4), offered, lambda patches: patches), cell.keep, [0])
     except AttributeError as error:
         runs = "those that read no words" if WITH_CLS[1] in signals else "random, spatial and divprune, which need none"
         raise ValueError(

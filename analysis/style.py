@@ -10,7 +10,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from pandas.io.formats.style import Styler
 
-from analysis import ROOT
+from analysis import ROOT, pruning
 
 WIDTH = 7.0  # inches: the text width of most papers; one column is half of it
 # Okabe and Ito's colours, told apart by colour-blind readers and in grey; the same thing has the same colour everywhere
@@ -24,24 +24,7 @@ COLOURS = {
 }
 LABELS = {"compact": "compact IDs (as pruners do)", "original": "original IDs (GAP)"}
 IDS = {"compact": "upstream", "original": "GAP"}  # the same in a table's column
-PRUNERS = {
-    "none": "none",
-    "random": "random",
-    "spatial": "spatial grid",
-    "cls_similarity": "[CLS] similarity",
-    "text_similarity": "text similarity",
-    "prumerge": "PruMerge",
-    "prumerge+": "PruMerge+",
-    "trim": "TRIM",
-    "trim:lowest=false": "TRIM, sign turned",
-    "fastervlm": "FasterVLM",
-    "divprune": "DivPrune",
-    "visionzip": "VisionZip",
-    "vispruner": "VisPruner",
-    "cdpruner": "CDPruner",
-    "holov": "HoloV",
-    "dart": "DART",
-}
+PRUNERS = {name: method.label for name, method in pruning.PRUNERS.items()}
 
 
 def paper_style() -> None:

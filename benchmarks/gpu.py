@@ -86,7 +86,8 @@ from analysis.engine.decode import prefill
 from analysis.engine.evaluate import cells, evaluate, image_seed
 from analysis.models import clip
 from analysis.models.base import ATTENTION
-from analysis.pruning import PRUNERS, pruner, select
+from analysis.pruning import PRUNERS, pruner
+from analysis.pruning.images import prune_images
 from analysis.rec import datasets
 from analysis.rec.boxes import DIALECTS
 from analysis.rec.scoring import score
@@ -410,7 +411,7 @@ def by_generate(model: models.Model, whole: LlamaForCausalLM, data: Any, rows: p
     index = torch.arange(len(rows), device=model.device)
     encoded = model.encode([data.image(i) for i in rows["image_id"]])
     visual = encoded.take(index, **model.texts(list(rows["expression"])))
-    chosen = select(pruner(cell.pruner), visual, cell.keep, [image_seed(cell.seed, i) for i in rows["image_id"]])
+    chosen = prune_images(pruner(cell.pruner), visual, cell.keep, [image_seed(cell.seed, i) for i in rows["image_id"]])
     prompts = [model.ask(expression) for expression in rows["expression"]]
     embeds, places, _ = zip(*whole_prompts(model, chosen, visual.unpruned, prompts, cell))
     seen = [torch.ones_like(ids) for ids in places]
@@ -727,7 +728,7 @@ class Bench:
         data = scenes(model, self.size, 1, False)
         visual = model.encode([data.image(0)])
         visual = visual.take(torch.tensor([0], device=model.device))
-        chosen = select(pruner(GAP.pruner), visual, GAP.keep, [0])
+        chosen = prune_images(pruner(GAP.pruner), visual, GAP.keep, [0])
         prompts = [model.ask(data.rows["expression"][0])]
         (one,) = whole_prompts(model, chosen, visual.unpruned, prompts, GAP)
         right = prefill(model, [one])[0].float()

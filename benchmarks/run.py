@@ -28,7 +28,8 @@ from transformers import LlamaForCausalLM
 from analysis import models
 from analysis.engine.cost import clock, cost_rows, ratio, whole_prompts
 from analysis.engine.evaluate import cells, evaluate, image_seed
-from analysis.pruning import pruner, select
+from analysis.pruning import pruner
+from analysis.pruning.images import prune_images
 from analysis.rec import datasets
 from analysis.registry import matching
 from analysis.types import Cell
@@ -63,7 +64,7 @@ def plain_loop(model: models.Model, data: datasets.RecDataset, grid: list) -> li
                 visual = model.encode([data.image(row.image_id)]).take(
                     torch.tensor([0]), **model.texts([row.expression])
                 )
-                chosen = select(pruner(cell.pruner), visual, cell.keep, [seed])
+                chosen = prune_images(pruner(cell.pruner), visual, cell.keep, [seed])
                 (inputs,) = whole_prompts(model, chosen, visual.unpruned, [model.prompt(row.expression)], cell)
                 made = whole.generate(
                     inputs_embeds=inputs.embeds[None],

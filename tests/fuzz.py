@@ -56,7 +56,8 @@ from transformers import LlavaForConditionalGeneration
 from analysis import models, params, results
 from analysis.engine import evaluate
 from analysis.models import base, convert
-from analysis.pruning import pruner, select
+from analysis.pruning import pruner
+from analysis.pruning.images import prune_images
 from analysis.rec import datasets, refcoco
 from analysis.rec.boxes import DIALECTS, FRAMES
 from analysis.rec.scoring import score
@@ -807,7 +808,7 @@ def grid(data: bytes, _: Path) -> None:
 
 def pruners(data: bytes, _: Path) -> None:
     """A specification that is taken must run, or refuse its options."""
-    found = select(pruner(text(data)), visual(batch=1), 0.5, [0])
+    found = prune_images(pruner(text(data)), visual(batch=1), 0.5, [0])
     assert len(found) == 1 and len(found[0].origin)
 
 

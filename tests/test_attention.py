@@ -13,7 +13,6 @@ from transformers import LlavaForConditionalGeneration
 
 from analysis.engine import attention, shared_prefix
 from analysis.engine.attention import (
-    SCORES,
     AskedImages,
     Look,
     Ratio,
@@ -27,7 +26,8 @@ from analysis.engine.attention import (
 from analysis.engine.decode import Inputs, greedy, prefill
 from analysis.engine.evaluate import cells, evaluate
 from analysis.positions import assign, sequence_positions
-from analysis.pruning import pruner, select
+from analysis.pruning import PRUNERS, pruner
+from analysis.pruning.images import prune_images
 from analysis.rec.datasets import RecDataset
 from analysis.types import Signals, VisualTokens, raster_ids
 from tests.support.checkpoint import noise
@@ -170,21 +170,33 @@ def test_soft_weights_refuse_a_bad_ratio():
         soft_weights(torch.rand(1, 4), 0)
 
 
-@pytest.mark.parametrize("name", SCORES)
+SCORED = [name for name, method in PRUNERS.items() if method.score is not None]
+
+
+def test_methods_with_a_score():
+    """A score that does not know an option says nothing about the method with that option."""
+    assert set(PRUNERS) - set(SCORED) == {"none", "spatial", "prumerge+", "divprune"}
+    assert pruner("trim:about=expression").score is not None and pruner("trim:anchor=last").score is None
+    assert pruner("prumerge:plus=true").score is None
+
+
+@pytest.mark.parametrize("name", [*SCORED, "text_similarity:about=prompt", "trim:about=expression,lowest=no"])
 @pytest.mark.parametrize("keep", [0.1, 0.5, 0.9])
 def test_scores_are_those_that_the_methods_select_by(name, keep, tiny, pictures):
     """The tokens that stay as themselves are the best by score."""
     visual = tiny.encode(pictures).take(torch.tensor(IMAGE), **tiny.texts(WORDS))
     seeds = [5, 6, 7, 8]
-    stay = attention.survivors(select(pruner(name), visual, keep, seeds), 16)
-    scores = SCORES[name](visual, seeds)
+    stay = attention.survivors(prune_images(pruner(name), visual, keep, seeds), 16)
+    scores = pruner(name).score(visual, seeds)
     for row, kept in zip(scores, stay):
         best = row.argsort(descending=True, stable=True)[: int(kept.sum())]
         assert kept.nonzero()[:, 0].tolist() == sorted(best.tolist())
 
 
 def test_merged_tokens_do_not_survive(tiny, pictures):
-    made = select(pruner("trim"), tiny.encode(pictures).take(torch.arange(3), **tiny.texts(WORDS[:3])), 0.5, [0, 0, 0])
+    made = prune_images(
+        pruner("trim"), tiny.encode(pictures).take(torch.arange(3), **tiny.texts(WORDS[:3])), 0.5, [0, 0, 0]
+    )
     assert all(len(selection.origin) == 8 for selection in made)
     assert attention.survivors(made, 16).sum(1).tolist() == [7, 7, 7]
 
@@ -282,7 +294,7 @@ def test_tiles_are_refused():
 
 def test_a_method_without_a_score_cannot_select_softly(tiny):
     data = RecDataset("noise", "val", pd.DataFrame(dict(image_id=["i0"])), None)
-    with pytest.raises(ValueError, match="unknown score 'divprune'"):
+    with pytest.raises(ValueError, match="needs a score for each token; divprune has none"):
         attention.attention_rows(tiny, data, [], [0.5], ["divprune"], progress=False)
 
 

@@ -15,7 +15,7 @@ import torch
 from analysis import models, results
 from analysis.engine import evaluate as evaluation
 from analysis.engine.evaluate import cells, image_seed, needs_text
-from analysis.pruning import PRUNERS, pruner
+from analysis.pruning import all_pruners, pruner, random
 from analysis.rec.scoring import score, score_words, summarise
 from analysis.types import Cell
 from tests.support.rows import GRID, Noise, run
@@ -147,6 +147,9 @@ def test_cells():
         Cell("random", 1.0, "raster", "original@after", seed) for seed in (0, 1)
     ]
     assert len(GRID) == (1 + 2 * 2) * 4
+    every = cells(["none", "all"], 0.25)
+    assert [cell.pruner for cell in every] == ["none", *all_pruners()] and {cell.keep for cell in every[1:]} == {0.25}
+    assert cells("all", 0.25) == every[1:] and "none" not in all_pruners()
 
 
 @pytest.mark.parametrize(
@@ -197,8 +200,8 @@ def test_bad_runs_stop_before_any_work(tiny, tmp_path):
 
 def test_each_image_draws_its_own_seed(tiny, tmp_path, monkeypatch):
     pruned, ordered = [], []
-    random, reorder = PRUNERS["random"], evaluation.reorder
-    monkeypatch.setitem(PRUNERS, "random", lambda v, k, *, seeds: (pruned.extend(seeds), random(v, k, seeds=seeds))[1])
+    prune, reorder = random.prune, evaluation.reorder
+    monkeypatch.setattr(random, "prune", lambda v, k, *, seeds: (pruned.extend(seeds), prune(v, k, seeds=seeds))[1])
     monkeypatch.setattr(evaluation, "reorder", lambda s, spec, seed: (ordered.append(seed), reorder(s, spec, seed))[1])
     run(tiny, tmp_path / "rows", [Cell("random", 0.5, "shuffled", "original", 7)])
     assert pruned[1:] == ordered == [image_seed(7, i) for i in range(5)]  # the first is the trial on a blank image

@@ -10,7 +10,8 @@ from torch.nn.functional import log_softmax
 
 from analysis import hf
 from analysis.hf import pruned
-from analysis.pruning import pruner, select
+from analysis.pruning import pruner
+from analysis.pruning.images import prune_images
 from analysis.types import Signals, VisualTokens
 from tests.support import generate as small
 
@@ -50,7 +51,7 @@ def dropped(name, method, keep):
         for grid, mosaic in image:
             tiles = tokens(mosaic, newline=torch.zeros(2)) if mosaic else None
             visual = tokens(grid, tiles=tiles)
-            (kept,) = select(pruner(method), visual, keep, [0])
+            (kept,) = prune_images(pruner(method), visual, keep, [0])
             for place in range(visual.length):
                 row, column = next(places)
                 gone[row, column] = place not in kept.origin.tolist()

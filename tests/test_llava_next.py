@@ -18,7 +18,8 @@ from analysis import models
 from analysis.engine.decode import Inputs, greedy, prefill
 from analysis.engine.evaluate import RunState, _encode
 from analysis.positions import assign, reorder, sequence_positions
-from analysis.pruning import budget, pruner, select
+from analysis.pruning import budget, pruner
+from analysis.pruning.images import prune_images
 from tests.support import checkpoint
 from tests.support.checkpoint import noise
 
@@ -98,7 +99,7 @@ def test_pixels_are_the_image_and_its_tiles(model, width, height):
 def sequence(model, image, expression, prune="none", keep=None, ids="compact", order="method"):
     """One prompt as the decoder reads it."""
     visual = model.encode([image])
-    selection = reorder(select(pruner(prune), visual, keep, [3])[0], order, 0)
+    selection = reorder(prune_images(pruner(prune), visual, keep, [3])[0], order, 0)
     prefix, suffix = model.prompt(expression)
     given = assign(selection.origin, visual.unpruned, ids, 0)
     with torch.inference_mode():
@@ -197,7 +198,7 @@ def test_identity_law(model, size):
 @settings(max_examples=25)
 def test_newlines_stay_with_their_rows(model, encoded, name, size, keep, seed):
     visual = encoded(size)
-    (full,), (one,) = select(pruner("none"), visual, None, [0]), select(pruner(name), visual, keep, [seed])
+    (full,), (one,) = prune_images(pruner("none"), visual, None, [0]), prune_images(pruner(name), visual, keep, [seed])
     assert full.origin.tolist() == list(range(visual.length)) and len(full.features) == visual.length
     base, (rows, columns) = GRID**2, visual.tiles.grid
     k = budget(keep, base)

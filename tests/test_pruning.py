@@ -1,6 +1,7 @@
 """The first pruners: what they keep, in which order, and that features are never touched."""
 
 import math
+import os
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from analysis.positions import reorder
-from analysis.pruning import PRUNERS, budget
+from analysis.pruning import PRUNERS, budget, pruner
 from analysis.types import Signals, VisualTokens
 from tests.support.visual import visual
 
@@ -131,3 +132,28 @@ def test_cls_similarity_ignores_length_and_breaks_ties_by_raster_index():
     direction = torch.randn(1, 1, 7, generator=torch.Generator().manual_seed(0))
     ties = direction.expand(1, 24, 7) * 2.0 ** torch.arange(24).view(1, 24, 1)  # powers of two: equal cosines, exactly
     assert PRUNERS["cls_similarity"](visual(1, patches=ties), 0.25, seeds=[0])[0].origin.tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_method_of_a_file_outside_the_package(tmp_path):
+    """path.py:function[:options], read anew after a change; what is wrong with a file is said."""
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from analysis.types import kept\nimport torch\n\n"
+        "def first(visual, keep, *, seeds=(), start=0):\n"
+        "    return kept(visual.features, torch.arange(start, start + 3).expand(len(visual.features), -1))\n"
+    )
+    tokens = visual()
+    assert pruner(f"{file}:first")(tokens, 0.5)[0].origin.tolist() == [0, 1, 2]
+    assert pruner(f"{file}:first:start=4")(tokens, 0.5)[1].origin.tolist() == [4, 5, 6]
+    assert pruner(f"{file}:first").score is None and pruner(f"{file}:first").label == "first"
+    file.write_text(file.read_text().replace("start=0", "start=1"))
+    os.utime(file, ns=(1, 1))
+    assert pruner(f"{file}:first")(tokens, 0.5)[0].origin.tolist() == [1, 2, 3]
+    for spec, message in (
+        (f"{file}:last", "has no attribute 'last'"),
+        (f"{tmp_path}/none.py:prune", "FileNotFoundError"),
+        (f"{file}:torch", "is no function but module"),
+        (f"{file}:first:stop=4", "unknown option of pruner .*'stop'; valid: start"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pruner(spec)

@@ -1,13 +1,14 @@
 """What the README says works: its example pruner, and errors that lead to the right specification."""
 
-from importlib import import_module
+import re
+import sys
 
 import pytest
 import torch
 
-from analysis import ROOT
+from analysis import ROOT, pruning
 from analysis.engine.evaluate import cells, evaluate
-from analysis.pruning import PRUNERS, pruner
+from analysis.pruning import PRUNERS, Method, pruner
 from analysis.rec import datasets
 from analysis.rec.datasets import RecDataset
 from analysis.types import Signals, VisualTokens
@@ -19,8 +20,11 @@ def feature_norm(monkeypatch, tmp_path):
     code = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
     assert len(code.splitlines()) < 30
     (tmp_path / "feature_norm.py").write_text(code)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setitem(PRUNERS, "feature_norm", import_module("feature_norm").prune)
+    monkeypatch.setattr(pruning, "__path__", [*pruning.__path__, str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "analysis.pruning.feature_norm", raising=False)
+    (line,) = re.findall(r'`("feature_norm": Method\(.*?\),)`', (ROOT / "README.md").read_text())
+    for name, method in eval("{" + line + "}", {"Method": Method}).items():
+        monkeypatch.setitem(PRUNERS, name, method)
 
 
 def test_the_example_pruner_keeps_what_it_says(feature_norm):

@@ -10,7 +10,8 @@ from transformers import AttentionInterface, LlamaConfig, LlamaModel
 
 from analysis import models
 from analysis.models.stem import StemClip, clip_config
-from analysis.pruning import PRUNERS, select
+from analysis.pruning import PRUNERS
+from analysis.pruning.images import prune_images
 from analysis.rec.boxes import DIALECTS, FRAMES
 from analysis.refstamps import grammar
 from analysis.refstamps.scenes import scene
@@ -74,7 +75,7 @@ def test_training_rows_are_evaluation_prompts(tiny_model):
     found = grammar.rec_question(drawn, np.random.default_rng(0))
     expected = tiny_model.prompt(found[0])
     assert (prefix.tolist(), suffix) == (expected[0].tolist(), expected[1].tolist())
-    whole = select(PRUNERS["none"], tiny_model.encode([drawn.image]), None, [0])[0].features
+    whole = prune_images(PRUNERS["none"], tiny_model.encode([drawn.image]), None, [0])[0].features
     torch.testing.assert_close(image, whole, atol=2e-2, rtol=2e-2)  # features are kept in half precision
     box = DIALECTS[tiny_model.dialect].parse(tiny_model.text(answer))
     truth = DIALECTS["llava"].parse(found[1])

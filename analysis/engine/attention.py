@@ -14,7 +14,7 @@ Only models whose tokens are one grid are read this way: with newlines or tiles 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import product
 from typing import Any, NamedTuple
@@ -42,10 +42,10 @@ from analysis.engine.decode import (
 )
 from analysis.engine.evaluate import EXPRESSION, RecDataset, box_draft, id_columns, image_seed, texts
 from analysis.models import Model
-from analysis.pruning import cls_similarity, prumerge, random, select, text_similarity, trim
 from analysis.pruning import pruner as find_pruner
-from analysis.pruning._budget import check
-from analysis.pruning._select import ranking
+from analysis.pruning._budget import check_keep
+from analysis.pruning.common import ranking
+from analysis.pruning.images import prune_images
 from analysis.registry import pick
 from analysis.summarization.losses import inconsistency_rate
 from analysis.types import Cell, Ids, Selection, VisualTokens
@@ -54,24 +54,6 @@ from analysis.types import Cell, Ids, Selection, VisualTokens
 SINK = 3.0
 
 Prompt = tuple[Tensor, Tensor]  # token IDs before and after the image, as `Model.prompt` gives them
-
-
-# The scores of the methods that rank tokens, [B, N], higher is kept first. A test holds them against the methods.
-SCORES: dict[str, Callable[[VisualTokens, Sequence[int]], Tensor]] = {
-    "random": lambda visual, seeds: _random(visual.features, seeds),
-    "cls_similarity": lambda visual, seeds: cls_similarity.scores(visual),
-    "text_similarity": lambda visual, seeds: text_similarity.scores(visual),
-    "trim": lambda visual, seeds: trim.scores(visual),
-    "trim:lowest=false": lambda visual, seeds: trim.scores(visual, lowest=False),
-    "prumerge": lambda visual, seeds: prumerge.scores(visual),
-    "fastervlm": lambda visual, seeds: visual.signals.cls_attention.float(),
-    "visionzip": lambda visual, seeds: visual.signals.cls_attention.float(),
-}
-
-
-def _random(features: Tensor, seeds: Sequence[int]) -> Tensor:
-    n = features.shape[1]
-    return (1 - random.permutations(n, seeds).argsort(dim=1) / n).to(features.device)
 
 
 def one_grid(visual: VisualTokens) -> VisualTokens:
@@ -99,7 +81,7 @@ def soft_weights(scores: Tensor, keep: float) -> Tensor:
     at most 1 / N more: the budget that hard selection spends. keep = 1 gives 1 everywhere.
     Raises ValueError unless 0 < keep <= 1.
     """
-    check(keep)
+    check_keep(keep)
     rank = ranking(scores).argsort(dim=1)
     return (1 - rank.double() / scores.shape[1]) ** (1 / keep - 1)  # float64: small ratios of many tokens underflow
 
@@ -282,9 +264,11 @@ def attention_rows(
     "original" and all tokens. sink: as for `sinks`; chunk: images worked on together.
     Raises ValueError for a pruner in `soft` without a score, for a model with tiles, and what the pruners raise.
     """
-    score = {name: pick(SCORES, name, "score") for name in soft} | {p: SCORES[p] for p in pruners if p in SCORES}
+    prune = {name: find_pruner(name) for name in (*pruners, *soft)}
+    score = {name: method.score for name, method in prune.items() if method.score is not None}
+    if unscored := [name for name in soft if name not in score]:
+        raise ValueError(f"soft selection needs a score for each token; {', '.join(unscored)} has none")
     draft = box_draft(model)
-    prune = {name: find_pruner(name) for name in pruners}
     looked, answered, image_ids = [], [], dataset.rows["image_id"].unique()
     for start in tqdm(range(0, len(image_ids), chunk), unit=" chunks", disable=not progress):
         part = list(image_ids[start : start + chunk])
@@ -305,7 +289,7 @@ def attention_rows(
         of_image = [[one for one, i in zip(looks, asked.image) if i == image] for image in range(len(part))]
         sunk = torch.stack([sinks(some, sink) for some in of_image])[index]
         for name, keep in product(pruners, keeps):
-            stay = survivors(select(prune[name], pairs, keep, seeds), n)
+            stay = survivors(prune_images(prune[name], pairs, keep, seeds), n)
             looked.append(
                 expressions.assign(
                     pruner=name,

@@ -27,7 +27,8 @@ from analysis.engine.decode import Inputs, causal_mask, prefill, prompt_inputs
 from analysis.engine.evaluate import image_seed
 from analysis.models import Model
 from analysis.positions import assign, reorder
-from analysis.pruning import budget, pruner, select
+from analysis.pruning import budget, pruner
+from analysis.pruning.images import prune_images
 from analysis.rec.datasets import RecDataset
 from analysis.registry import matching, pick
 from analysis.types import Cell, Ids, Selection, VisualTokens
@@ -130,7 +131,7 @@ def cost_rows(
         for cell in grid:
             visual = encode()  # anew, so that each method pays for its own signals
             start = clock(model)
-            chosen = select(pruner(cell.pruner), visual, cell.keep, seeds)
+            chosen = prune_images(pruner(cell.pruner), visual, cell.keep, seeds)
             inputs = whole_prompts(model, chosen, visual.unpruned, prompts, cell)
             selected = clock(model)
             _, cache, _ = prefill(model, inputs)

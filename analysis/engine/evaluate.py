@@ -29,8 +29,9 @@ from analysis.engine.decode import draft_from, greedy, prompt_inputs, shared_con
 from analysis.models import Model
 from analysis.models.by_generate import ByGenerate
 from analysis.positions import ORDERS, assign, parse_spec, reorder
-from analysis.pruning import Pruner, select
+from analysis.pruning import Pruner, all_pruners
 from analysis.pruning import pruner as find_pruner
+from analysis.pruning.images import prune_images
 from analysis.rec.boxes import DIALECTS, frame
 from analysis.rec.scoring import check_boxes, score, score_words
 from analysis.types import Cell, Ids, Selection, Signals, VisualTokens
@@ -60,13 +61,15 @@ def _listed(value: Any) -> list:
 def cells(
     pruner: Any = "none", keep: Any = None, order: Any = "method", ids: Any = "compact", seeds: Any = 0
 ) -> list[Cell]:
-    """The grid: every combination of the arguments, each one value or a list. Pruner "none" has keep None, once.
+    """The grid: every combination of the arguments, each one value or a list. Pruner "none" has keep None, once;
+    "all" stands for all others by name.
 
     Raises ValueError for an empty list, an unknown pruner, order or IDs, a keep that is no number in (0, 1] and a
     seed that is no integer >= 0.
     """
     given = dict(pruner=pruner, keep=keep, order=order, ids=ids, seeds=seeds)
     lists = {name: _listed(values) for name, values in given.items()}
+    lists["pruner"] = [one for name in lists["pruner"] for one in (all_pruners() if name == "all" else [name])]
     if empty := [name for name, values in lists.items() if not values]:
         raise ValueError(f"no cells to evaluate: {', '.join(empty)} is an empty list")
     grid = [Cell(p, None if p == "none" else k, o, i, s) for p, k, o, i, s in product(*lists.values())]
@@ -207,7 +210,7 @@ def _choose(run: Run, encoded: Sequence[tuple[list, VisualTokens]], rows: pd.Dat
 
     def add(visual: VisualTokens, image_ids: Sequence[Any]) -> None:
         seeds = [image_seed(cell.seed, image_id) for image_id in image_ids]
-        chosen.selections.extend(select(prune, visual, cell.keep, seeds))
+        chosen.selections.extend(prune_images(prune, visual, cell.keep, seeds))
         chosen.image_ids.extend(image_ids)
 
     for image_ids, visual in encoded:
@@ -287,7 +290,7 @@ def needs_text(model: Model, prune: Pruner, keep: float | None) -> bool:
     Raises what the method raises where it cannot run.
     """
     blank = _blank(model)
-    select(prune, blank, keep, [0])
+    prune_images(prune, blank, keep, [0])
     return bool(blank.signals.asked & Signals.TEXT)
 
 

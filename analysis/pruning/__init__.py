@@ -1,75 +1,149 @@
-"""Pruning methods: visual tokens -> one Selection per image. One flat file per method, named as in `PRUNERS`.
+"""Pruning methods: visual tokens -> one Selection per image. One flat file per method, named once, in `PRUNERS`.
 
-A method selects tokens and fixes the order it emits them in; IDs are given later, by `analysis.positions`.
+A method selects tokens and fixes the order it emits them in; IDs are given later, by `analysis.positions`. Its file has
+prune(visual, keep, *, seeds, **options), and where the method ranks single tokens also score(visual, *, seeds, **options).
 
 A specification is name[:option=value[,option=value]], as in "trim:anchor=last"; the options of a method are the
-keywords of its `prune` that have defaults.
+keywords of its `prune` that have defaults. "path/to/file.py:function[:options]" names a method outside this package.
+
+This module imports no method before it is asked for, so that what only needs their names and labels stays light.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
 from inspect import signature
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
 import yaml
-from torch import Tensor
 
-from analysis.pruning import (
-    cdpruner,
-    cls_similarity,
-    dart,
-    divprune,
-    fastervlm,
-    holov,
-    none,
-    prumerge,
-    random,
-    spatial,
-    text_similarity,
-    trim,
-    visionzip,
-    vispruner,
-)
 from analysis.pruning._budget import budget
 from analysis.registry import pick
-from analysis.types import Selection, VisualTokens
 
-__all__ = ["PRUNERS", "Pruner", "budget", "pruner", "select"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from analysis.types import Selection, VisualTokens
+
+__all__ = ["PRUNERS", "Method", "Pruner", "all_pruners", "budget", "pruner"]
 
 # prune(visual: VisualTokens, keep: float | None, *, seeds: Sequence[int], **options) -> one Selection per image.
 # keep: share of the tokens that the decoder still reads, synthetic ones included; None: the method decides itself.
 # seeds: one int per image, so that a result does not depend on how images are batched.
-Pruner = Callable[..., list[Selection]]
+Pruner = Callable[..., "list[Selection]"]
 
-PRUNERS: dict[str, Pruner] = {
-    "none": none.prune,
-    "random": random.prune,
-    "spatial": spatial.prune,
-    "cls_similarity": cls_similarity.prune,
-    "text_similarity": text_similarity.prune,
-    "prumerge": prumerge.prune,
-    "prumerge+": partial(prumerge.prune, plus=True),
-    "trim": trim.prune,
-    "fastervlm": fastervlm.prune,
-    "divprune": divprune.prune,
-    "visionzip": visionzip.prune,
-    "vispruner": vispruner.prune,
-    "cdpruner": cdpruner.prune,
-    "holov": holov.prune,
-    "dart": dart.prune,
+
+def _options(function: Callable) -> dict[str, Any]:
+    """Keywords of a `prune` or a `score` that a specification may set."""
+    known = signature(function).parameters.values()
+    return {p.name: p for p in known if p.kind is p.KEYWORD_ONLY and p.name != "seeds"}
+
+
+def _of_file(path: str) -> Any:
+    """The module of a .py file, run anew where the file has changed. Raises ValueError where it cannot be run."""
+    return _run_file(path, Path(path).stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=16)
+def _run_file(path: str, changed: int) -> Any:
+    spec = spec_from_file_location(Path(path).stem, path)
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@dataclass(frozen=True)
+class Method:
+    """A pruning method with some of its options set; called, it prunes.
+
+    label: its name in figures and tables; module: its module in this package, or the path of a .py file; options: by
+    name; function: what prunes in that module.
+    """
+
+    label: str
+    module: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    function: str = "prune"
+
+    def _module(self) -> Any:
+        return _of_file(self.module) if self.module.endswith(".py") else import_module(f"{__name__}.{self.module}")
+
+    @property
+    def prune(self) -> Pruner:
+        return getattr(self._module(), self.function)
+
+    def __call__(
+        self, visual: VisualTokens, keep: float | None, *, seeds: Sequence[int] = (), **options: Any
+    ) -> list[Selection]:
+        return self.prune(visual, keep, seeds=seeds, **{**self.options, **options})
+
+    @property
+    def score(self) -> Callable[[VisualTokens, Sequence[int]], Tensor] | None:
+        """The score [B, N] by which the method ranks tokens, (visual, seeds) -> higher is kept first.
+
+        None where it has none, or where an option is set that the score does not know: then more than the score decides.
+        """
+        score = getattr(self._module(), "score", None) if self.function == "prune" else None
+        if score is None or not self.options.keys() <= _options(score).keys():
+            return None
+        return lambda visual, seeds: score(visual, seeds=seeds, **self.options)
+
+
+# The names of methods, in the order of tables. "all" in a grid stands for all but the first.
+PRUNERS: dict[str, Method] = {
+    "none": Method("none", "none"),
+    "random": Method("random", "random"),
+    "spatial": Method("spatial grid", "spatial"),
+    "cls_similarity": Method("[CLS] similarity", "cls_similarity"),
+    "text_similarity": Method("text similarity", "text_similarity"),
+    "prumerge": Method("PruMerge", "prumerge"),
+    "prumerge+": Method("PruMerge+", "prumerge", {"plus": True}),
+    "trim": Method("TRIM", "trim"),
+    "trim:lowest=false": Method("TRIM, sign turned", "trim", {"lowest": False}),
+    "fastervlm": Method("FasterVLM", "fastervlm"),
+    "divprune": Method("DivPrune", "divprune"),
+    "visionzip": Method("VisionZip", "visionzip"),
+    "vispruner": Method("VisPruner", "vispruner"),
+    "cdpruner": Method("CDPruner", "cdpruner"),
+    "holov": Method("HoloV", "holov"),
+    "dart": Method("DART", "dart"),
 }
 
 
-def pruner(spec: str) -> Pruner:
-    """The method that a specification names, its options bound. Raises ValueError on an unknown name or option."""
+def all_pruners() -> list[str]:
+    """Every method by name, without "none"."""
+    return [name for name in PRUNERS if name != "none"]
+
+
+def _outside(spec: str) -> tuple[str, Method, str]:
+    """Name, method and options of "path/to/file.py:function[:options]". ValueError where there is no such function."""
+    path, _, rest = spec.partition(".py:")
+    function, _, written = rest.partition(":")
+    name, method = f"{path}.py:{function}", Method(function, f"{path}.py", function=function)
+    try:
+        prune = method.prune
+    except Exception as error:  # a person's own file can raise anything
+        raise ValueError(f"pruner {name!r} cannot be loaded: {type(error).__name__}: {error}") from error
+    if not callable(prune):
+        raise ValueError(f"pruner {name!r} is no function but {type(prune).__name__}")
+    return name, method, written
+
+
+def pruner(spec: str) -> Method:
+    """The method that a specification names, its options set. Raises ValueError on an unknown name or option."""
     if not isinstance(spec, str):
         raise ValueError(f"a pruner is named by a text such as 'trim' or 'trim:anchor=last', got {spec!r:.60}")
-    name, _, written = spec.partition(":")
-    prune = pick(PRUNERS, name, "pruner")
-    valid = {k: p for k, p in signature(prune).parameters.items() if p.kind is p.KEYWORD_ONLY and k != "seeds"}
-    options = {}
+    if ".py:" in spec:
+        name, method, written = _outside(spec)
+    else:
+        name, _, written = spec.partition(":")
+        method = pick(PRUNERS, name, "pruner")
+    valid, options = _options(method.prune), {}
     for part in written.split(",") if written else ():
         option, equals, value = part.partition("=")
         if not equals:
@@ -81,44 +155,4 @@ def pruner(spec: str) -> Pruner:
             options[option] = yaml.safe_load(value)
         except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
             raise ValueError(f"option {option!r} in {spec!r:.100} has a value that cannot be read: {error}") from error
-    return partial(prune, **options) if options else prune
-
-
-def _with_newlines(selection: Selection, columns: int, newline: Tensor) -> Selection:
-    """The selection, and after the last emitted token of each row that row's newline; a row without tokens has none.
-
-    origin counts the newlines, too.
-    """
-    row, place = selection.origin // columns, torch.arange(len(selection.origin), device=selection.origin.device)
-    rows, which = row.unique(return_inverse=True)
-    last = torch.zeros_like(rows).scatter_reduce_(0, which, place, "amax")
-    order = torch.cat([2 * place, 2 * last + 1]).argsort()
-    return Selection(
-        torch.cat([selection.features, newline.expand(len(rows), -1)]),
-        torch.cat([selection.origin + row, rows * (columns + 1) + columns]),
-        torch.cat([selection.synthetic, torch.zeros_like(rows, dtype=torch.bool)]),
-    ).take(order)
-
-
-def select(prune: Pruner, visual: VisualTokens, keep: float | None, seeds: Sequence[int]) -> list[Selection]:
-    """Prune images: one Selection each, with `origin` along the tokens that the decoder would read unpruned.
-
-    Where a model reads tiles besides the whole image (LLaVA-NeXT), each of the two is pruned by itself with the same
-    keep ratio; newlines count neither for the ratio nor as candidates, and stay with the tokens of their row.
-    Raises what the method raises.
-    """
-    made = prune(visual, keep, seeds=seeds)
-    if visual.newline is not None:
-        made = [_with_newlines(selection, visual.grid[1], visual.newline) for selection in made]
-    if visual.tiles is None:
-        return made
-    start = visual.length - visual.tiles.length
-    closer = select(prune, visual.tiles, keep, [seed + 1 for seed in seeds])
-    return [
-        Selection(
-            torch.cat([a.features, b.features]),
-            torch.cat([a.origin, b.origin + start]),
-            torch.cat([a.synthetic, b.synthetic]),
-        )
-        for a, b in zip(made, closer)
-    ]
+    return replace(method, options={**method.options, **options})

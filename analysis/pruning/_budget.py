@@ -5,7 +5,7 @@ from __future__ import annotations
 from decimal import ROUND_HALF_UP, Decimal
 
 
-def check(keep: float | None) -> None:
+def check_keep(keep: float | None) -> None:
     """Raises ValueError unless 0 < keep <= 1."""
     if keep is None or not 0 < keep <= 1:
         raise ValueError(f"keep ratio must be in (0, 1], got {keep}; give a share such as 0.25")
@@ -16,5 +16,5 @@ def budget(keep: float | None, n: int) -> int:
 
     Raises ValueError unless 0 < keep <= 1.
     """
-    check(keep)
+    check_keep(keep)
     return max(1, int((Decimal(str(keep)) * n).to_integral_value(ROUND_HALF_UP)))

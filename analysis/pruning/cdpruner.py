@@ -22,13 +22,13 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
 from analysis.pruning._budget import budget
-from analysis.pruning._select import clip_patches, flag, text
+from analysis.pruning.common import clip_patches, flag, text
 from analysis.types import Selection, VisualTokens, kept
 
 NOTHING = 1e-13  # gains below are rounding errors, in float64
 
 
-def scores(visual: VisualTokens, about: str = "prompt", lowest: bool = True, layer: str = "last") -> Tensor:
+def relevance_of(visual: VisualTokens, about: str = "prompt", lowest: bool = True, layer: str = "last") -> Tensor:
     """[B, N] float64, relevance of each token; 1 where all are alike. Raises ValueError on an unknown option."""
     words = text(visual.signals, about)  # first, so that a model without a text tower is told that it lacks one
     similarity = cosine_similarity(clip_patches(visual.signals, layer), words[:, None], dim=-1)
@@ -47,7 +47,7 @@ def prune(
     layer: str = "last",
 ) -> list[Selection]:
     """k relevant and distinct tokens. Raises ValueError on a bad keep ratio or option."""
-    relevance = scores(visual, about, lowest, layer)
+    relevance = relevance_of(visual, about, lowest, layer)
     batch, n = relevance.shape
     k, image = budget(keep, n), torch.arange(batch, device=relevance.device)
     tokens = normalize(visual.features.double(), dim=-1) * relevance[..., None]

@@ -14,17 +14,13 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from analysis.pruning._budget import budget
-from analysis.pruning._select import ranking
-from analysis.types import Selection, VisualTokens, kept
+from analysis.pruning.common import top_k
+from analysis.types import VisualTokens
 
 
-def scores(visual: VisualTokens) -> Tensor:
+def score(visual: VisualTokens, *, seeds: Sequence[int] = ()) -> Tensor:
     """[B, N]; in float32, for in half precision many would tie."""
     return cosine_similarity(visual.signals.patches.float(), visual.signals.cls.float()[:, None], dim=-1)
 
 
-def prune(visual: VisualTokens, keep: float | None, *, seeds: Sequence[int] = ()) -> list[Selection]:
-    """The k tokens most similar to [CLS], best first. Raises ValueError on a bad keep ratio."""
-    k = budget(keep, visual.features.shape[1])
-    return kept(visual.features, ranking(scores(visual))[:, :k])
+prune = top_k(score, emit="score")

@@ -21,11 +21,11 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from analysis.pruning._budget import budget
-from analysis.pruning._select import ranking
+from analysis.pruning.common import ranking
 from analysis.types import Selection, VisualTokens, kept
 
 
-def scores(visual: VisualTokens) -> Tensor:
+def key_norms(visual: VisualTokens) -> Tensor:
     """[B, N] L1 norm of each patch's key."""
     return visual.signals.keys[:, 1:].float().abs().sum(dim=2)
 
@@ -36,7 +36,7 @@ def prune(visual: VisualTokens, keep: float | None, *, seeds: Sequence[int] = ()
         raise ValueError(f"option pivots is a number of tokens and must be at least 1, got {pivots!r}")
     k = budget(keep, visual.features.shape[1])
     p = min(pivots, k)
-    pivot, tokens = ranking(scores(visual))[:, :p], normalize(visual.features.float(), dim=-1)
+    pivot, tokens = ranking(key_norms(visual))[:, :p], normalize(visual.features.float(), dim=-1)
     cosine = tokens.take_along_dim(pivot[..., None], dim=1) @ tokens.mT  # [B, p, N]
     taken = torch.zeros_like(cosine[:, 0], dtype=torch.bool).scatter_(1, pivot, True)
     for i in range(p):

@@ -11,13 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from analysis.pruning._budget import budget
-from analysis.pruning._select import ranking
-from analysis.types import Selection, VisualTokens, kept
+from torch import Tensor
+
+from analysis.pruning.common import top_k
+from analysis.types import VisualTokens
 
 
-def prune(visual: VisualTokens, keep: float | None, *, seeds: Sequence[int] = ()) -> list[Selection]:
-    """The k tokens with most [CLS] attention. Raises ValueError on a bad keep ratio."""
-    k = budget(keep, visual.features.shape[1])
-    best = ranking(visual.signals.cls_attention)[:, :k]
-    return kept(visual.features, best.sort(dim=1).values)
+def score(visual: VisualTokens, *, seeds: Sequence[int] = ()) -> Tensor:
+    """[B, N] attention of [CLS] to the patches."""
+    return visual.signals.cls_attention.float()
+
+
+prune = top_k(score, emit="raster")

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from analysis.pruning._budget import budget
-from analysis.pruning._select import ranking
+from analysis.pruning.common import ranking
 from analysis.types import Selection, VisualTokens, kept
 
 EPSILON = 1e-6

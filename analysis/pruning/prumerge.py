@@ -29,13 +29,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from analysis.pruning._select import emit, existing, flag, leftover, ranking
+from analysis.pruning.common import emit, flag, leftover, ranking, token_count
 from analysis.types import Selection, VisualTokens
 
 NEIGHBOURS = 32
 
 
-def scores(visual: VisualTokens) -> Tensor:
+def score(visual: VisualTokens, *, seeds: Sequence[int] = ()) -> Tensor:
     """[B, N] attention of [CLS] to the patches."""
     keys, query = visual.signals.keys.float(), visual.signals.cls_query.float()
     logits = (keys @ query[..., None])[..., 0] / query.shape[-1] ** 0.5
@@ -86,8 +86,8 @@ def prune(
 
     Raises ValueError on a bad keep ratio or option.
     """
-    attention = scores(visual)
-    count, spare = existing(attention, keep, anchor)
+    attention = score(visual)
+    count, spare = token_count(attention, keep, anchor)
     order = ranking(attention)
     if flag(plus, "plus"):
         order, count = _with_grid(order, count, keep is None, flag(overlap, "overlap"))

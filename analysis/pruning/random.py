@@ -1,7 +1,7 @@
 """Random tokens: what a method must beat.
 
 Source: baseline of arXiv:2506.21873.
-Score: a uniform random permutation of the tokens, seeded per image.
+Score: the place in a uniform random permutation of the tokens, seeded per image.
 Selection: the first k of it, so that under one seed a smaller budget is a subset of a larger one.
 Order emitted: raster.
 Upstream IDs: compact (shifted).
@@ -14,8 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from analysis.pruning._budget import budget
-from analysis.types import Selection, VisualTokens, kept
+from analysis.pruning.common import top_k
+from analysis.types import VisualTokens
 
 
 def permutations(n: int, seeds: Sequence[int]) -> Tensor:
@@ -26,10 +26,12 @@ def permutations(n: int, seeds: Sequence[int]) -> Tensor:
     return torch.stack([torch.randperm(n, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
-def prune(visual: VisualTokens, keep: float | None, *, seeds: Sequence[int]) -> list[Selection]:
-    """k random tokens per image. Raises ValueError on a bad keep ratio or unless there is one seed per image."""
+def score(visual: VisualTokens, *, seeds: Sequence[int]) -> Tensor:
+    """[B, N] in (0, 1]: 1 for the first token of the permutation. ValueError unless there is one seed per image."""
     batch, n, _ = visual.features.shape
-    k = budget(keep, n)
     if len(seeds) != batch:
         raise ValueError(f"pruner 'random' needs one seed per image, got {len(seeds)} seeds for {batch} images")
-    return kept(visual.features, permutations(n, seeds)[:, :k].sort(dim=1).values.to(visual.features.device))
+    return (1 - permutations(n, seeds).argsort(dim=1) / n).to(visual.features.device)
+
+
+prune = top_k(score, emit="raster")

@@ -16,26 +16,17 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from analysis.pruning._budget import budget
-from analysis.pruning._select import flag, ranking, text
-from analysis.types import Selection, VisualTokens, kept
+from analysis.pruning.common import flag, text, top_k
+from analysis.types import VisualTokens
 
 
-def scores(visual: VisualTokens, about: str = "expression", lowest: bool = False) -> Tensor:
+def score(
+    visual: VisualTokens, *, seeds: Sequence[int] = (), about: str = "expression", lowest: bool = False
+) -> Tensor:
     """[B, N]. Raises ValueError on an unknown text or option."""
     words = text(visual.signals, about)  # first, so that a model without a text tower is told that it lacks one
     similarity = cosine_similarity(visual.signals.clip_patches.float(), words[:, None], dim=-1)
     return -similarity if flag(lowest, "lowest") else similarity
 
 
-def prune(
-    visual: VisualTokens,
-    keep: float | None,
-    *,
-    seeds: Sequence[int] = (),
-    about: str = "expression",
-    lowest: bool = False,
-) -> list[Selection]:
-    """The k tokens most similar to the text, best first. Raises ValueError on a bad keep ratio or option."""
-    k = budget(keep, visual.features.shape[1])
-    return kept(visual.features, ranking(scores(visual, about, lowest))[:, :k])
+prune = top_k(score, emit="score")

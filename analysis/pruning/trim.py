@@ -22,11 +22,18 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from analysis.pruning._select import clip_patches, emit, existing, flag, leftover, ranking, text
+from analysis.pruning.common import clip_patches, emit, flag, leftover, ranking, text, token_count
 from analysis.types import Selection, VisualTokens
 
 
-def scores(visual: VisualTokens, about: str = "prompt", lowest: bool = True, layer: str = "last") -> Tensor:
+def score(
+    visual: VisualTokens,
+    *,
+    seeds: Sequence[int] = (),
+    about: str = "prompt",
+    lowest: bool = True,
+    layer: str = "last",
+) -> Tensor:
     """[B, N]. Raises ValueError on an unknown text or option."""
     words = text(visual.signals, about)  # first, so that a model without a text tower is told that it lacks one
     similarity = (clip_patches(visual.signals, layer) @ words[..., None])[..., 0]
@@ -44,10 +51,10 @@ def prune(
     layer: str = "last",
 ) -> list[Selection]:
     """The tokens least (or most) like the text, then the mean of the others. ValueError on a bad keep or option."""
-    score = scores(visual, about, lowest, layer)
-    count, spare = existing(score, keep, anchor)
-    n = score.shape[1]
-    pruned = ranking(score).argsort(dim=1) >= count[:, None]
+    likeness = score(visual, about=about, lowest=lowest, layer=layer)
+    count, spare = token_count(likeness, keep, anchor)
+    n = likeness.shape[1]
+    pruned = ranking(likeness).argsort(dim=1) >= count[:, None]
     order = pruned.int().argsort(dim=1, stable=True)
     weights = (1 / (n - count).clamp(min=1))[:, None].expand(-1, n)
     tokens = visual.features.take_along_dim(order[..., None], dim=1)

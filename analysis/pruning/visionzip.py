@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
 from analysis.pruning._budget import budget
-from analysis.pruning._select import append, ranking
+from analysis.pruning.common import append, ranking
 from analysis.registry import pick
 from analysis.types import Selection, VisualTokens, kept
 
@@ -43,6 +43,11 @@ def _contextual(visual: VisualTokens, rest: Tensor, c: int, keys: Tensor) -> tup
     return visual.connect(tokens), rest[:, target]
 
 
+def score(visual: VisualTokens, *, seeds: Sequence[int] = ()) -> Tensor:
+    """[B, N] attention of [CLS] to the patches: the mean over heads ranks them as upstream's sum does."""
+    return visual.signals.cls_attention.float()
+
+
 def prune(
     visual: VisualTokens, keep: float | None, *, seeds: Sequence[int] = (), keys: str = "last"
 ) -> list[Selection]:
@@ -50,7 +55,7 @@ def prune(
     n, signal = visual.features.shape[1], pick(KEYS, keys, "value of option keys")
     k = budget(keep, n)
     c = (10 * k + 32) // 64 if k < n else 0
-    order = ranking(visual.signals.cls_attention)
+    order = ranking(score(visual))
     chosen = kept(visual.features, order[:, : k - c].sort(dim=1).values)
     if c == 0:
         return chosen

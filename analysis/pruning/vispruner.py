@@ -21,7 +21,7 @@ import torch
 from torch.nn.functional import normalize
 
 from analysis.pruning._budget import budget
-from analysis.pruning._select import ranking
+from analysis.pruning.common import ranking
 from analysis.types import Selection, VisualTokens, kept
 
 ROUND = 8  # tokens taken out at once

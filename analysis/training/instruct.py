@@ -35,7 +35,8 @@ from analysis.models.clip import load as load_clip
 from analysis.models.minigpt_v2 import MiniGPTv2Config
 from analysis.models.shikra import ShikraConfig
 from analysis.models.stem import GRID, IMAGE, PATCH, eva_from_clip, install_stem
-from analysis.pruning import none, select
+from analysis.pruning import none
+from analysis.pruning.images import prune_images
 from analysis.rec.boxes import DIALECTS, FRAMES, hit
 from analysis.rec.boxes import frame as find_frame
 from analysis.refstamps.grammar import answer_box, questions, rec_question
@@ -320,7 +321,7 @@ def accuracy(model: Model, scenes: Sequence[Scene]) -> float:
         part, inputs = pairs[at : at + 50], []
         for drawn, expression, _ in part:
             visual = model.encode([drawn.image])
-            tokens = select(none.prune, visual, None, [0])[0].features
+            tokens = prune_images(none.prune, visual, None, [0])[0].features
             inputs.append(prompt_inputs(model.embed, model.prompt(expression), tokens, visual.unpruned).whole)
         answers = greedy(model, inputs)
         for (drawn, _, truth), answer in zip(part, answers):

@@ -20,7 +20,8 @@ from torch import Tensor
 from analysis.engine.decode import causal_mask, prompt_inputs
 from analysis.models import MODELS, load
 from analysis.positions import assign
-from analysis.pruning import none, select
+from analysis.pruning import none
+from analysis.pruning.images import prune_images
 from analysis.rec import datasets
 
 
@@ -50,7 +51,7 @@ def probe(name: str, images: int = 100, seed: int = 0) -> pd.DataFrame:
     for label, spec in (("right", "original"), ("shuffled", "shuffled")):
         states = []
         for i, visual in enumerate(seen):
-            features = select(none.prune, visual, None, [seed])[0].features
+            features = prune_images(none.prune, visual, None, [seed])[0].features
             ids = assign(torch.arange(len(features)), visual.unpruned, spec, seed + i)
             inputs = prompt_inputs(model.embed, (prefix, prefix[:0]), features, ids).whole
             mask = causal_mask(torch.ones(1, len(inputs.embeds), dtype=torch.bool), inputs.embeds.dtype)

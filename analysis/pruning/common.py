@@ -6,14 +6,15 @@ how many of them an image keeps.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import wraps
 
 import torch
 from torch import Tensor
 
 from analysis.pruning._budget import budget
 from analysis.registry import pick
-from analysis.types import Selection, Signals, VisualTokens
+from analysis.types import Selection, Signals, VisualTokens, kept
 
 TEXTS = {"expression": "clip_text", "prompt": "clip_prompt"}
 LAYERS = {"last": "clip_patches", "read": "clip_read"}
@@ -42,17 +43,33 @@ def ranking(scores: Tensor) -> Tensor:
     return scores.argsort(dim=1, descending=True, stable=True)
 
 
+def top_k(score: Callable[..., Tensor], emit: str) -> Callable[..., list[Selection]]:
+    """The `prune` of a method that is only a score: it keeps the k tokens that `score` ranks first.
+
+    score(visual, *, seeds, **options) -> [B, N], higher is kept first, ties go to the lower raster index. emit: "score",
+    best first, or "raster". The options are the score's; ValueError on a bad keep ratio.
+    """
+
+    @wraps(score)  # its keywords are the method's options
+    def prune(visual: VisualTokens, keep: float | None, *, seeds: Sequence[int] = (), **options) -> list[Selection]:
+        k = budget(keep, visual.features.shape[1])
+        best = ranking(score(visual, seeds=seeds, **options))[:, :k]
+        return kept(visual.features, best if emit == "score" else best.sort(dim=1).values)
+
+    return prune
+
+
 def outliers(scores: Tensor) -> Tensor:
     """[B] how many scores lie above Q3 + 1.5 (Q3 - Q1) of their own image, quartiles interpolated linearly."""
     q1, q3 = torch.quantile(scores, scores.new_tensor([0.25, 0.75]), dim=1, keepdim=True)
     return (scores > q3 + 1.5 * (q3 - q1)).sum(dim=1)
 
 
-def existing(scores: Tensor, keep: float | None, anchor: str) -> tuple[Tensor, bool]:
-    """The count of existing tokens, and whether one leftover token follows where others were pruned.
+def token_count(scores: Tensor, keep: float | None, anchor: str) -> tuple[Tensor, bool]:
+    """How many original tokens to keep, [B], and whether a merged token takes one place of the budget.
 
-    keep None: the outliers among scores [B, N], but at least one. Otherwise the leftover token takes one place of the
-    budget k, if 1 < k < N. Raises ValueError on a bad keep ratio or an unknown anchor.
+    keep None: the outliers among scores [B, N], but at least one, and the merged token follows them. Otherwise it takes
+    one place of the budget k, if 1 < k < N. Raises ValueError on a bad keep ratio or an unknown anchor.
     """
     batch, n = scores.shape
     spare = pick(ANCHORS, anchor, "value of option anchor") is not None
