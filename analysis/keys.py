@@ -13,6 +13,7 @@ import hashlib
 import inspect
 import json
 import platform
+import re
 import subprocess
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
@@ -31,6 +32,7 @@ AFTERWARDS = frozenset(
     f"analysis.{name}"
     for name in ("results", "keys", "params", "registry", "stats", "style", "published", "rec.scoring")
 )
+ENTRY = re.compile(r"analysis(\.\w+)+:\w+")
 # Files of a model's folder that are read when it is loaded; cards and training logs are not.
 MODEL_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
 
@@ -77,13 +79,18 @@ def _file(module: str) -> Path | None:
 
 
 def _imports(text: str) -> set[str]:
-    """The modules of this project that a source imports, and the names that it takes from them."""
+    """The modules of this project that a source imports, and the names that it takes from them.
+
+    A text "analysis.module:name", as a registry has it for what is imported when it is asked for, counts as an import.
+    """
     found = set()
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Constant) and ENTRY.fullmatch(str(node.value)):
+            found.add(node.value.partition(":")[0])
     return {name for name in found if name.partition(".")[0] == "analysis"}
 
 

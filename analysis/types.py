@@ -8,10 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from PIL import Image
 
 
 class Signals:
@@ -137,6 +141,21 @@ def kept(features: Tensor, index: Tensor) -> list[Selection]:
     chosen = torch.gather(features, 1, index[..., None].expand(-1, -1, features.shape[-1]))
     none = torch.zeros(index.shape[1], dtype=torch.bool, device=index.device)
     return [Selection(f, i, none) for f, i in zip(chosen, index)]
+
+
+@dataclass(frozen=True)
+class RecDataset:
+    """One split; anything with these four can be evaluated.
+
+    rows: one per expression, with image_id, ref_id (the object), sent_id, expression, width, height and the ground truth
+    x1, y1, x2, y2 in pixels of the original image, or one per question, with task and the answer's words instead of the
+    box; image(image_id) gives the RGB picture.
+    """
+
+    name: str
+    split: str
+    rows: pd.DataFrame
+    image: Callable[[Any], Image.Image]
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ import torch
 
 from analysis.engine.cost import DECODERS, TEXT, cost_rows, decoder_flops, peak_bytes, ratio
 from analysis.engine.evaluate import cells
-from analysis.rec.datasets import RecDataset, refstamps
+from analysis.rec.datasets import RecDataset
+from analysis.refstamps.dataset import refstamps
 
 
 @pytest.fixture(scope="module")

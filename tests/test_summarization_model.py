@@ -9,6 +9,7 @@ import torch
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
+from analysis.inconsistency import inconsistency_rate, of_words
 from analysis.summarization import losses
 from analysis.summarization.batch import PAD, START, STOP, UNK, Batch
 from analysis.summarization.beam import beam_search, greedy
@@ -20,7 +21,6 @@ from analysis.summarization.model import (
     Sizes,
     Unified,
     chosen,
-    of_words,
     select,
     text,
     trainable,
@@ -335,15 +335,15 @@ def test_inconsistency_rate_by_hand():
     alpha = torch.eye(5)[None, [0, 1, 2, 4]]  # looks at words 0, 1, 2, 4
     beta, sentence = torch.tensor([[0.9, 0.1, 0.4, 0.0]]), torch.tensor([[0, 0, 1, 2, 3]])  # word 4: past the limit
     three = torch.tensor([3])  # mean 1.4 / 3: sentences 1, 2 are below, and so is what is past the limit
-    got = losses.inconsistency_rate(alpha, beta, sentence, three)
+    got = inconsistency_rate(alpha, beta, sentence, three)
     torch.testing.assert_close(torch.cat(got), torch.tensor([2 / 4, 3 / 5, 5 / 6]))
     first = torch.tensor([[True, True, True, False]])
-    assert losses.inconsistency_rate(alpha, beta, sentence, three, first).rate.item() == pytest.approx(1 / 3)
-    four = losses.inconsistency_rate(alpha, beta, sentence)  # mean 0.35: sentence 2 is above it now
+    assert inconsistency_rate(alpha, beta, sentence, three, first).rate.item() == pytest.approx(1 / 3)
+    four = inconsistency_rate(alpha, beta, sentence)  # mean 0.35: sentence 2 is above it now
     torch.testing.assert_close(torch.cat(four), torch.tensor([2 / 4, 2 / 5, 5 / 4]))
-    padded_ = losses.inconsistency_rate(pad(alpha, (0, 3)), pad(beta, (0, 2)), pad(sentence, (0, 3), value=-1), three)
+    padded_ = inconsistency_rate(pad(alpha, (0, 3)), pad(beta, (0, 2)), pad(sentence, (0, 3), value=-1), three)
     torch.testing.assert_close(padded_, got)
-    equal = losses.inconsistency_rate(alpha, torch.full((1, 7), 0.1), sentence)  # whose mean in float32 is above 0.1
+    equal = inconsistency_rate(alpha, torch.full((1, 7), 0.1), sentence)  # whose mean in float32 is above 0.1
     assert equal.rate == 0 and equal.chance == 0 and equal.ratio.isnan()
 
 

@@ -40,15 +40,15 @@ from analysis.engine.decode import (
     prefill_shared,
     prompt_inputs,
 )
-from analysis.engine.evaluate import EXPRESSION, RecDataset, box_draft, id_columns, image_seed, texts
+from analysis.engine.evaluate import EXPRESSION, box_draft, id_columns, image_seed, texts
+from analysis.inconsistency import inconsistency_rate
 from analysis.models import Model
 from analysis.pruning import pruner as find_pruner
 from analysis.pruning._budget import check_keep
 from analysis.pruning.common import ranking
 from analysis.pruning.images import prune_images
 from analysis.registry import pick
-from analysis.summarization.losses import inconsistency_rate
-from analysis.types import Cell, Ids, Selection, VisualTokens
+from analysis.types import Cell, Ids, RecDataset, Selection, VisualTokens
 
 # Chosen on 60 training scenes: 3 takes out 0.03, 2.3 and 0.03 of 144 tokens an image (tiny-llava, -wide, tiny-shikra)
 SINK = 3.0

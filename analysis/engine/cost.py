@@ -29,9 +29,8 @@ from analysis.models import Model
 from analysis.positions import assign, reorder
 from analysis.pruning import budget, pruner
 from analysis.pruning.images import prune_images
-from analysis.rec.datasets import RecDataset
 from analysis.registry import matching, pick
-from analysis.types import Cell, Ids, Selection, VisualTokens
+from analysis.types import Cell, Ids, RecDataset, Selection, VisualTokens
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler would write two lines to stderr each time
 TEXT = 73  # tokens of a REC prompt to LLaVA-1.5: 35 before the image, some 38 (taken as typical) after it

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import groupby, product
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -34,24 +34,11 @@ from analysis.pruning import pruner as find_pruner
 from analysis.pruning.images import prune_images
 from analysis.rec.boxes import DIALECTS, frame
 from analysis.rec.scoring import check_boxes, score, score_words
-from analysis.types import Cell, Ids, Selection, Signals, VisualTokens
+from analysis.types import Cell, Ids, RecDataset, Selection, Signals, VisualTokens
 
 _KEY = ["image_id", "ref_id", "sent_id"]
 EXPRESSION = [*_KEY, "expression", "width", "height", "x1", "y1", "x2", "y2"]
 QUESTION = [*_KEY, "expression", "width", "height", "task", "answer"]  # of data whose answers are words
-
-
-class RecDataset(Protocol):
-    """What is evaluated: one row per expression with the columns `EXPRESSION`, and the images by their ID.
-
-    Rows with a column "answer" are questions instead, with the columns `QUESTION`.
-    """
-
-    name: str
-    split: str
-    rows: pd.DataFrame
-
-    def image(self, image_id: Any) -> Image.Image: ...
 
 
 def _listed(value: Any) -> list:

@@ -9,19 +9,15 @@ pairs that training never shows. "refstamps-control" asks for colours, counts an
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 
 import pandas as pd
-from PIL import Image
-from tqdm import tqdm
 
 from analysis.rec import refcoco
-from analysis.refstamps.grammar import control_questions, expressions
-from analysis.refstamps.scenes import scene
 from analysis.registry import pick
+from analysis.types import RecDataset
 
 IMAGES = 1500  # images of a whole RefStamps split, as in RefCOCO val
 SPLITS = {
@@ -31,68 +27,14 @@ SPLITS = {
     "refstamps-control": ("val", "testA", "testB"),
     **{name: tuple(splits) for name, splits in refcoco.COUNTS.items()},
 }
+# Sets that are drawn: module and function, called with (name, split, limit). By name, for what draws a set may need more
+# than this package does, and reads this module.
+DRAWN = {
+    **dict.fromkeys(("refstamps", "refstamps+", "refstampsg"), "analysis.refstamps.dataset:refstamps"),
+    "refstamps-control": "analysis.refstamps.dataset:refstamps_control",
+}
 HUB = {"refcoco": "RefCOCO", "refcoco+": "RefCOCOplus", "refcocog": "RefCOCOg"}  # names of lmms-lab's repositories
 OWNERS = ("lmms-lab-encoder", "lmms-lab")  # where they lie since 2026, and where they lay before
-
-
-@dataclass(frozen=True)
-class RecDataset:
-    """One split. rows: one per expression, with image_id, ref_id (the object), sent_id, expression, width, height and
-    the ground truth x1, y1, x2, y2 in pixels of the original image; image(image_id) gives the RGB picture."""
-
-    name: str
-    split: str
-    rows: pd.DataFrame
-    image: Callable[[str], Image.Image]
-
-
-@lru_cache(maxsize=64)
-def stamp_image(split: str, index: int) -> Image.Image:
-    return scene(split, index).image
-
-
-def _drawn(name: str, split: str, rows: list[dict]) -> RecDataset:
-    return RecDataset(name, split, pd.DataFrame(rows), lambda image_id: stamp_image(split, int(image_id.split("_")[1])))
-
-
-def _common(split: str, index: int, what: int | str, sentence: int, text: str, size: tuple[int, int]) -> dict:
-    """The columns that every row on a scene has; what: the object or the task that is asked about."""
-    image_id = f"{split}_{index:05d}"
-    return dict(
-        image_id=image_id, ref_id=f"{image_id}_{what}", sent_id=sentence, expression=text, width=size[0], height=size[1]
-    )
-
-
-def refstamps(name: str, split: str, limit: int | None = None) -> RecDataset:
-    """RefStamps drawn from its seeds: the first `limit` scenes of a split that have an expression of this set."""
-    rows, taken, index = [], 0, 0
-    bar = tqdm(total=limit or IMAGES, desc=f"{name} {split}", unit="image", leave=False)
-    while taken < (limit or IMAGES):
-        drawn = scene(split, index)
-        said = expressions(drawn, name)
-        for sentence, (text, target) in enumerate(said):
-            box = drawn.objects[target].box
-            rows.append(
-                _common(split, index, target, sentence, text, drawn.size)
-                | dict(zip(("x1", "y1", "x2", "y2"), map(float, box)))
-            )
-        taken += bool(said)
-        bar.update(bool(said))
-        index += 1
-    bar.close()
-    return _drawn(name, split, rows)
-
-
-def refstamps_control(name: str, split: str, limit: int | None = None) -> RecDataset:
-    """Questions on the first `limit` scenes that need no box: rows with task and answer, and no ground-truth box."""
-    rows = []
-    for index in tqdm(range(limit or IMAGES), desc=f"{name} {split}", unit="image", leave=False):
-        drawn = scene(split, index)
-        rows += [
-            _common(split, index, task, sentence, question, drawn.size) | dict(task=task, answer=answer)
-            for sentence, (task, question, answer) in enumerate(control_questions(drawn))
-        ]
-    return _drawn(name, split, rows)
 
 
 def annotation_files(dataset: str, split: str, path: str | Path) -> list[Path]:
@@ -210,4 +152,5 @@ def load(
         raise ValueError(
             f"{dataset} is drawn from seeds and takes no annotations or images; these do: {', '.join(refcoco.COUNTS)}"
         )
-    return (refstamps_control if dataset == "refstamps-control" else refstamps)(dataset, split, limit)
+    module, _, function = DRAWN[dataset].partition(":")
+    return getattr(import_module(module), function)(dataset, split, limit)

@@ -7,15 +7,15 @@ N sentences, T steps; written: [B, T] bool, the steps that have a target.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, pad
 
+from analysis.inconsistency import of_words
 from analysis.registry import pick
 from analysis.summarization.batch import PAD
-from analysis.summarization.model import Output, of_words
+from analysis.summarization.model import Output
 
 # the paper's; where one is left out, the loss is not computed
 WEIGHTS = {"extraction": 5.0, "abstraction": 1.0, "coverage": 1.0, "inconsistency": 1.0}
@@ -71,33 +71,3 @@ def total(output: Output, weights: Mapping[str, float] = WEIGHTS) -> dict[str, T
     written = output.batch.target != PAD
     losses = {name: pick(LOSSES, name, "loss")(output, written) for name in weights}
     return losses | {"total": sum(weights[name] * loss for name, loss in losses.items())}
-
-
-class Rate(NamedTuple):
-    """Each [B]: rate, R_inc; chance, what attention at random would have; ratio of the two, NaN where chance is 0."""
-
-    rate: Tensor
-    chance: Tensor
-    ratio: Tensor
-
-
-def inconsistency_rate(
-    alpha: Tensor, beta: Tensor, sentence: Tensor, sentences: Tensor | None = None, written: Tensor | None = None
-) -> Rate:
-    """R_inc: share of steps whose most attended word is in a sentence with beta below the article's mean beta.
-
-    alpha: [B, T, M]; beta: [B, N]; sentence: [B, M], -1 for padding; sentences: [B], how many there are, N by default;
-    written: [B, T], all steps by default. chance: share of words in such sentences; those past the limit N have beta 0.
-    An article with nothing written has rate NaN.
-    """
-    beta = beta.double()  # exact sums: the mean of equal betas must not be above them
-    there = torch.ones_like(beta, dtype=torch.bool)
-    if sentences is not None:
-        there = torch.arange(beta.shape[1], device=beta.device) < sentences[:, None]
-    mean = (beta * there).sum(1) / there.sum(1)
-    words = sentence >= 0
-    below = of_words(beta, sentence) < mean[:, None]
-    written = torch.ones(alpha.shape[:2], dtype=torch.bool, device=alpha.device) if written is None else written
-    looked = below.gather(1, alpha.argmax(-1))  # [B, T]
-    rate, chance = ((x & y).sum(1) / y.sum(1) for x, y in ((looked, written), (below, words)))
-    return Rate(rate, chance, torch.where(chance > 0, rate / chance, torch.nan))

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid, pad
 from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_sequence
 
+from analysis.inconsistency import of_words
 from analysis.registry import pick
 from analysis.summarization.batch import PAD, STOP, UNK, Batch
 
@@ -106,12 +107,6 @@ def _initialise(model: nn.Module) -> None:
 def trainable(model: nn.Module) -> int:
     """Number of parameters that are trained."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-
-
-def of_words(beta: Tensor, sentence: Tensor) -> Tensor:
-    """[B, M]: beta [B, N] of each word's sentence [B, M]; 0 for padding and for sentences past the limit N."""
-    n = beta.shape[1]
-    return beta.gather(1, sentence.clamp(0, n - 1)) * ((sentence >= 0) & (sentence < n))
 
 
 def chosen(beta: Tensor, sentences: Tensor, at_least: int = 1) -> Tensor:

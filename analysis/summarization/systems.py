@@ -18,10 +18,10 @@ from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
 from analysis import keys
+from analysis.inconsistency import inconsistency_rate
 from analysis.registry import pick
 from analysis.summarization.beam import Hypothesis, beam_search
 from analysis.summarization.data import Document, Vocabulary, collate, cut, sentences
-from analysis.summarization.losses import inconsistency_rate
 from analysis.summarization.model import Sizes, Unified, chosen, text
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
