@@ -28,7 +28,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,9 +42,9 @@ from transformers import PreTrainedModel
 
 from analysis.engine.decode import for_decoder
 from analysis.models import clip as clips
-from analysis.models.towers import TOWERS, WITH_CLS, offers
+from analysis.models.towers import TOWERS, offers
 from analysis.positions import ORDERS, assign, parse_spec, reorder
-from analysis.pruning import Pruner
+from analysis.pruning import Pruner, all_pruners
 from analysis.pruning import pruner as find_pruner
 from analysis.pruning.images import prune_images
 from analysis.types import Cell, Ids, Selection, Signals, VisualTokens
@@ -104,9 +104,8 @@ def _valid(mask: Any, batch: int, length: int, device: torch.device) -> Tensor:
     causal = torch.ones(length, length, dtype=torch.bool, device=device).tril() & valid[:, None]
     if not torch.equal(seen & valid[:, :, None], causal & valid[:, :, None]):  # what padding sees does not matter
         raise ValueError(
-            "the decoder's attention mask is not causal: either image tokens see each other in both directions, or "
-            "it is "
-            "a mask of your own; pruning cannot rebuild it. Pass a 2-D attention_mask, to a model of one of the types "
+            "the decoder's attention mask is not causal: image tokens see each other in both directions, or it is one "
+            "of your own, which pruning cannot rebuild. Pass a 2-D attention_mask, to a model of one of the types "
             f"{', '.join(TOWERS)}"
         )
     return valid
@@ -397,9 +396,9 @@ class Pruned:
         return output
 
 
-def check_pruner(model: PreTrainedModel, cell: Cell) -> Pruner:
-    """The cell's method, tried on random tokens with the model's signals. ValueError where it cannot run."""
-    prune, made, signals = find_pruner(cell.pruner), torch.rand(1, 17, 8), offers(model.config)
+def _try(prune: Pruner, keep: float | None, signals: Sequence[str]) -> None:
+    """Run a method on random tokens with these signals. AttributeError where it asks for another one."""
+    made = torch.rand(1, 17, 8)
     shapes = {
         "patches": made[:, 1:],
         "cls": made[:, 0],
@@ -413,12 +412,23 @@ def check_pruner(model: PreTrainedModel, cell: Cell) -> Pruner:
         "clip_prompt": made[:, 0],
     }
     offered = Signals(**{name: partial(shapes.__getitem__, name) for name in signals})
+    prune_images(prune, VisualTokens(made[:, 1:], (4, 4), offered, lambda patches: patches), keep, [0])
+
+
+def check_pruner(model: PreTrainedModel, cell: Cell) -> Pruner:
+    """The cell's method. Raises ValueError where it cannot run on this model or with this keep ratio."""
+    prune, signals = find_pruner(cell.pruner), offers(model.config)
     try:
-        prune_images(prune, VisualTokens(made[:, 1:], (4, 4), offered, lambda patches: patches), cell.keep, [0])
+        _try(prune, cell.keep, signals)
     except AttributeError as error:
-        runs = "those that read no words" if WITH_CLS[1] in signals else "random, spatial and divprune, which need none"
+        runs = []
+        for name in all_pruners():
+            with suppress(AttributeError):
+                _try(find_pruner(name), 0.5, signals)
+                runs.append(name)
         raise ValueError(
-            f"pruner {cell.pruner!r} cannot run on a {model.config.model_type} model: {error}; methods that can: {runs}"
+            f"pruner {cell.pruner!r} cannot run on a {model.config.model_type} model: {error}; methods that can: "
+            f"{', '.join(runs)}"
         ) from error
     return prune
 

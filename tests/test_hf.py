@@ -215,6 +215,18 @@ def test_everything_is_restored_also_after_an_exception():
     assert hooks_of(model) == before[1]
 
 
+def test_states_at_full_length():
+    inputs = inputs_of("llava")
+    with pruned(model_of("llava"), None, "spatial", keep=0.25) as done, torch.no_grad():
+        out = model_of("llava")(**inputs, output_hidden_states=True)
+    assert (done.kept, done.full) == ([4, 8, 4], [16, 32, 16])
+    assert {state.shape[:2] for state in out.hidden_states} == {inputs["input_ids"].shape}
+    gone = dropped("llava", "spatial", 0.25)
+    row, place = gone.nonzero().T
+    assert torch.equal(out.logits[row, place], out.logits[row, place - 1])  # the last kept one before it
+    assert torch.equal(model_of("llava").lm_head(out.hidden_states[-1]), out.logits)
+
+
 def test_gradients_flow_through_the_kept_tokens():
     model, inputs = small.build("llava"), inputs_of("llava")
     labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == small.IMAGE, -100)
@@ -344,7 +356,7 @@ def test_a_wrong_use_says_what_would_be_right(case):
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "smolvlm", "llava_onevision"])
 def test_a_tower_without_cls_refuses_methods_that_need_one(name):
-    refused(ValueError, "methods that can: random, spatial and divprune", name, pruner="fastervlm")
+    refused(ValueError, "methods that can: random, spatial, divprune", name, pruner="fastervlm")
 
 
 def test_models_kernels_and_videos_that_cannot_be_pruned():
