@@ -22,7 +22,7 @@ from analysis.models import Model
 from analysis.positions import assign, reorder
 from analysis.pruning import pruner as find_pruner
 from analysis.pruning.images import prune_images
-from analysis.rec.boxes import DIALECTS, frame
+from analysis.rec.boxes import BOX_FORMATS, frame
 from analysis.rec.pictures import read_picture
 from analysis.types import Cell, Selection, VisualTokens
 
@@ -106,7 +106,7 @@ def answers(
         ids = assign(selection.origin, visual.unpruned, cell.ids, seed)
         said = greedy(model, [prompt_inputs(model.embed, prompt, selection.features, ids).whole])
         [raw], [error] = texts(model, said)
-        box = DIALECTS[model.dialect].parse(raw)
+        box = BOX_FORMATS[model.box_format].parse(raw)
         if box is not None:
             box = frame(model.frame).decode(box, image.size)
         sizes = len(selection.origin), len(visual.unpruned.visual)

@@ -89,7 +89,7 @@ from analysis.models.base import ATTENTION
 from analysis.pruning import PRUNERS, pruner
 from analysis.pruning.images import prune_images
 from analysis.rec import datasets
-from analysis.rec.boxes import DIALECTS
+from analysis.rec.boxes import BOX_FORMATS
 from analysis.rec.scoring import score
 from analysis.registry import matching
 from analysis.stats import paired_difference
@@ -330,7 +330,7 @@ def random_llava(size: dict, device: str, dtype: torch.dtype, folder: Path) -> m
     model = family.assemble(whole, source=str(folder), name="random LLaVA-1.5-7B", revision="random", device=device)
     asked = len(words(rec.replace("<image>", "").format("")).input_ids)
     chat = " ".join(["w0"] * 34) + " {} " + " ".join(["w0"] * (LIKELY - asked - 6))  # an expression has some six
-    box = words(DIALECTS[model.dialect].format(BOX), add_special_tokens=False).input_ids
+    box = words(BOX_FORMATS[model.box_format].format(BOX), add_special_tokens=False).input_ids
     joint = clip.Clip(joint, words)
     return replace(model, chat=chat, eos=-1, max_new_tokens=len(box), clip=cache(lambda: joint))
 
@@ -354,7 +354,7 @@ class Scripted(nn.Module):
 
 
 def scripted(model: models.Model) -> models.Model:
-    box = DIALECTS[model.dialect].format(BOX)
+    box = BOX_FORMATS[model.box_format].format(BOX)
     return replace(model, head=Scripted(model.head, model.tokenizer(box, add_special_tokens=False).input_ids))
 
 
@@ -541,7 +541,7 @@ class Bench:
             for many in size["sizes"]:
                 said |= self._generate(model, whole, questions, first[:many], few, f"batch{many}")
         found = self._engine(scripted(model), boxes, batch, "engine_drafts", f"drafts, {tokens} tokens an answer")
-        box = "".join(DIALECTS[model.dialect].format(BOX).split())
+        box = "".join(BOX_FORMATS[model.box_format].format(BOX).split())
         right = found["raw"].str.replace(" ", "") == box
         self.report.add("drafts_said", float(right.mean()), "of the answers are the box that was written over them")
         with library_attention(model) as whole:

@@ -59,7 +59,7 @@ from analysis.models import base, convert
 from analysis.pruning import pruner
 from analysis.pruning.images import prune_images
 from analysis.rec import datasets, refcoco
-from analysis.rec.boxes import DIALECTS, FRAMES
+from analysis.rec.boxes import BOX_FORMATS, FRAMES
 from analysis.rec.scoring import score
 from analysis.summarization import data as news
 from tests.support import checkpoint
@@ -311,7 +311,7 @@ ANSWERS = [
 
 
 def answers(data: bytes, _: Path) -> None:
-    for name, dialect in DIALECTS.items():
+    for name, dialect in BOX_FORMATS.items():
         box = dialect.parse(text(data))
         if box is not None:
             assert box.shape == (4,) and (box >= 0).all() and (box[:2] <= box[2:]).all()
@@ -330,7 +330,7 @@ def frames(data: bytes, _: Path) -> None:
         assert pixels.shape == again.shape == (2, 4)
         if (np.abs(box) <= 2).all() and ((size >= 1) & (size <= 1e5)).all():
             assert np.allclose(again, box, atol=1e-6)
-    for dialect in DIALECTS.values():
+    for dialect in BOX_FORMATS.values():
         for one in box:
             if np.isfinite(one).all():
                 dialect.format(one)

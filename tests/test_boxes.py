@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from analysis.rec.boxes import CONVENTIONS, DIALECTS, FRAMES, format_llava, hit, iou, parse_llava, parse_minigpt_v2
+from analysis.rec.boxes import BOX_FORMATS, CONVENTIONS, FRAMES, format_llava, hit, iou, parse_llava, parse_minigpt_v2
 from analysis.registry import pick
 
 sides = st.integers(1, 2000)
@@ -59,13 +59,13 @@ def test_frames_by_hand_and_batched():
     assert (FRAMES["padded"].decode([0, 0, 1, 1], [400, 200]) == [0, -100, 400, 300]).all()  # no clipping
 
 
-@pytest.mark.parametrize("dialect", [name for name in DIALECTS if name != "qwen2_5_vl"])  # which is in pixels
+@pytest.mark.parametrize("dialect", [name for name in BOX_FORMATS if name != "qwen2_5_vl"])  # which is in pixels
 @given(box=boxes(unit), around=st.text(st.characters(exclude_characters="["), max_size=20))
 def test_a_formatted_box_parses_back(dialect, box, around):
-    written = DIALECTS[dialect].format(box)
-    parsed = DIALECTS[dialect].parse(around + written + around)
+    written = BOX_FORMATS[dialect].format(box)
+    parsed = BOX_FORMATS[dialect].parse(around + written + around)
     np.testing.assert_allclose(parsed, box, rtol=0, atol=0.005 + 1e-12)
-    assert DIALECTS[dialect].format(parsed) == written
+    assert BOX_FORMATS[dialect].format(parsed) == written
 
 
 def test_format_llava():
@@ -194,7 +194,7 @@ def test_unknown_names_are_told_what_is_right():
     with pytest.raises(ValueError, match="unknown frame 'paded'; did you mean 'padded'.*padded, resized, original"):
         pick(FRAMES, "paded", "frame")
     with pytest.raises(ValueError, match="unknown dialect None; valid: llava"):
-        pick(DIALECTS, None, "dialect")
+        pick(BOX_FORMATS, None, "dialect")
     with pytest.raises(ValueError, match="unknown IoU convention 'GE'"):
         hit([0, 0, 1, 1], [0, 0, 1, 1], "GE")
 
@@ -209,10 +209,10 @@ def test_unknown_names_are_told_what_is_right():
 )
 @given(box=boxes(st.floats(-0.5, 1.5)))
 def test_what_is_written_is_within_half_a_unit_of_the_last_decimal(dialect, steps, pattern, box):
-    written = DIALECTS[dialect].format(box)
+    written = BOX_FORMATS[dialect].format(box)
     units = [int(number.replace(".", "")) for number in re.fullmatch(pattern, written).groups()]
     np.testing.assert_allclose(units, box.clip(0, 1) * steps, rtol=0, atol=0.5 + 1e-9)
-    np.testing.assert_allclose(DIALECTS[dialect].parse(written), np.array(units) / steps, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(BOX_FORMATS[dialect].parse(written), np.array(units) / steps, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(

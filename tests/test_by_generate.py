@@ -15,7 +15,7 @@ from analysis import hf, models
 from analysis.engine.evaluate import cells, evaluate
 from analysis.models import by_generate, llava
 from analysis.rec import datasets
-from analysis.rec.boxes import DIALECTS
+from analysis.rec.boxes import BOX_FORMATS
 from analysis.rec.scoring import perfect_answers, score
 from analysis.training.processor import save_processor
 from analysis.types import Cell
@@ -52,7 +52,7 @@ def slow(folder, whole_class):
         "copy",
         "cpu",
         rec=llava.REC_QUESTION,
-        dialect="llava",
+        box_format="llava",
         frame="padded",
         max_new_tokens=40,
     )
@@ -108,7 +108,7 @@ def test_the_example_runs(folder, whole_class, monkeypatch, capsys):
     exec(example, dict(name=folder, image=data.image("val_00000"), expression=data.rows["expression"][0]))
     said = dict(line.split(" ", 1) for line in capsys.readouterr().out.strip().splitlines())
     assert list(said) == ["compact", "original"] and said["compact"] != said["original"]
-    assert DIALECTS["llava"].parse(said["original"]) is not None
+    assert BOX_FORMATS["llava"].parse(said["original"]) is not None
 
 
 def test_a_family_without_the_engine(tmp_path, monkeypatch):
@@ -122,7 +122,7 @@ def test_a_family_without_the_engine(tmp_path, monkeypatch):
     assert rows.groupby("ids", sort=False)["tokens"].first().tolist() == [192, 48, 48]
     assert rows.groupby("ids")["raw"].agg(tuple).nunique() == 3
     assert score(rows)["invalid"].all()  # weights are random
-    assert score(perfect_answers(data.rows, model.frame, model.dialect))["iou"].min() > 0.9
+    assert score(perfect_answers(data.rows, model.frame, model.box_format))["iou"].min() > 0.9
     with pytest.raises(ValueError, match="offers no signal 'cls_attention'"):
         evaluate(model, data, cells("fastervlm", 0.5), tmp_path / "more.parquet", progress=False)
 
@@ -135,7 +135,7 @@ def test_a_family_without_the_engine(tmp_path, monkeypatch):
     ],
 )
 def test_boxes_in_thousandths(dialect, text):
-    kind, box = DIALECTS[dialect], [0.125, 0.25, 0.5, 1]
+    kind, box = BOX_FORMATS[dialect], [0.125, 0.25, 0.5, 1]
     assert kind.parse(text).tolist() == kind.strict(text).tolist() == box
     assert kind.parse(kind.format(box)).tolist() == kind.strict(kind.format(box)).tolist() == box
     assert kind.parse(text.replace("1000", "1001")) is None and kind.parse("none") is None

@@ -15,7 +15,7 @@ from analysis.engine.decode import prefill, prompt_inputs
 from analysis.engine.evaluate import cells, evaluate, image_seed
 from analysis.hf import pruned
 from analysis.rec import datasets
-from analysis.rec.boxes import DIALECTS, frame, resized_to_tokens
+from analysis.rec.boxes import BOX_FORMATS, frame, resized_to_tokens
 from analysis.rec.scoring import perfect_answers, score
 from tests.support import qwen
 from tests.support.checkpoint import noise
@@ -107,7 +107,7 @@ def test_boxes_are_pixels_of_the_resized_image(model):
         [10 * 204 / 200, 20 * 144 / 143, 100 * 204 / 200, 144]
     )
     data = datasets.load("refstamps", "val", 5)
-    scored = score(perfect_answers(data.rows, model.frame, model.dialect))
+    scored = score(perfect_answers(data.rows, model.frame, model.box_format))
     assert scored["iou"].min() > 0.8  # whole pixels of small images
     assert score(scored.assign(frame="resized"))["iou"].max() == 0
     for wrong in ("resized_pixels", "resized_pixels:28", "resized_pixels:0,1,2"):
@@ -116,12 +116,12 @@ def test_boxes_are_pixels_of_the_resized_image(model):
 
 
 def test_answers_in_json():
-    parse, write = DIALECTS["qwen2_5_vl"].parse, DIALECTS["qwen2_5_vl"].format
+    parse, write = BOX_FORMATS["qwen2_5_vl"].parse, BOX_FORMATS["qwen2_5_vl"].format
     assert write([11.6, 0, 300, 99.2]) == '{"bbox_2d": [12, 0, 300, 99]}'
     official = '```json\n[\n\t{"bbox_2d": [341, 82, 620, 374], "label": "the [red] cat"}\n]\n```'
     np.testing.assert_array_equal(parse(official), [341, 82, 620, 374])
     np.testing.assert_array_equal(parse('{"bbox_2d" :[ 1,2 , 3.5,4]'), [1, 2, 3.5, 4])
-    strict = DIALECTS["qwen2_5_vl"].strict
+    strict = BOX_FORMATS["qwen2_5_vl"].strict
     np.testing.assert_array_equal(strict(official), [341, 82, 620, 374])
     np.testing.assert_array_equal(strict(write([1, 2, 3, 4])), [1, 2, 3, 4])
     for broken in (official[:-10], "", "[]", "[" * 10**5, '{"bbox_2d": [1, NaN, 2, 3]}', '{"bbox_2d": ["a", 1, 2, 3]}'):

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from analysis.rec.boxes import CONVENTIONS, DIALECTS, FRAMES, hit
+from analysis.rec.boxes import BOX_FORMATS, CONVENTIONS, FRAMES, hit
 from analysis.rec.scoring import PREDICTION, TRUTH, check_boxes, score, summarise
 from analysis.stats import rate_interval
 
@@ -18,7 +18,7 @@ def table(n=60, frame="padded", seed=0, wrong=0.0):
     size = rng.integers(300, 640, (n // 3 + 1, 2))[image]
     corner, side = rng.uniform(0, 0.6, (n, 2)), rng.uniform(0.3, 0.4, (n, 2))
     truth = np.concatenate([corner * size, (corner + side) * size], 1)
-    raw = [DIALECTS["llava"].format(box) for box in FRAMES[frame].encode(truth, size)]
+    raw = [BOX_FORMATS["llava"].format(box) for box in FRAMES[frame].encode(truth, size)]
     raw = [
         ("I cannot see it.", "[0.9, 0.9, 0.1, 0.1]", "[0, 0, 0.01, 0.01]")[i % 3] if rng.random() < wrong else text
         for i, text in enumerate(raw)
@@ -71,7 +71,7 @@ def test_score_is_the_row_by_row_one(seed, convention, frame):
     pd.testing.assert_frame_equal(rows, before)  # a copy
     pd.testing.assert_frame_equal(scored[list(rows)], rows)
     for (_, row), (_, got) in zip(rows.iterrows(), scored.iterrows()):
-        box = DIALECTS[row["dialect"]].parse(row["raw"])
+        box = BOX_FORMATS[row["dialect"]].parse(row["raw"])
         assert got["invalid"] == (box is None)
         if box is None:
             assert got["iou"] == 0 and not got["correct"] and got[PREDICTION].isna().all()
@@ -150,7 +150,7 @@ def test_summarise_counts_by_hand():
         assert (got["n"], got["images"]) == (9, 3)
         assert got["accuracy"] == pytest.approx(sum(correct) / 9)
         assert got["mean_iou"] == pytest.approx(sum(overlaps) / 9)  # invalid answers stay in the denominator
-        assert got["invalid"] == pytest.approx(sum(DIALECTS["llava"].parse(t) is None for t in rows["raw"]) / 9)
+        assert got["invalid"] == pytest.approx(sum(BOX_FORMATS["llava"].parse(t) is None for t in rows["raw"]) / 9)
         assert (got["low"], got["high"]) == rate_interval(rows["correct"], rows["image_id"])
     assert summary["tokens"].tolist() == [20, 576]
     np.testing.assert_allclose(summary["token_share"], [20 / 576, 1])

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.rec.boxes import DIALECTS, FRAMES
+from analysis.rec.boxes import BOX_FORMATS, FRAMES
 from analysis.rec.scoring import TRUTH, score
 
 N = 2000
@@ -62,7 +62,7 @@ def mangled(text, kind, rng, another):
 def answers(dialect, size, truth, rng):
     near = truth + rng.normal(0, 1, truth.shape) * rng.choice([5, 60, 200], (len(truth), 1))
     boxes = FRAMES[FRAME[dialect]].encode(near, size)
-    texts = [DIALECTS[dialect].format(box) for box in boxes]
+    texts = [BOX_FORMATS[dialect].format(box) for box in boxes]
     kinds = np.arange(len(texts)) % 12
     return [mangled(text, kind, rng, texts[i - 1]) for i, (text, kind) in enumerate(zip(texts, kinds))]
 
@@ -178,14 +178,14 @@ def test_strict_is_the_script(dialect):
     ],
 )
 def test_strict_by_hand(dialect, text, box):
-    found = DIALECTS[dialect].strict(text)
+    found = BOX_FORMATS[dialect].strict(text)
     assert (found if found is None else found.tolist()) == box
 
 
-@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("dialect", BOX_FORMATS)
 def test_what_a_model_is_trained_to_write_is_read_alike(dialect):
     for box in np.random.default_rng(0).uniform(0, 0.5, (50, 4)) + [0, 0, 0.5, 0.5]:
-        text, kind = DIALECTS[dialect].format(box), DIALECTS[dialect]
+        text, kind = BOX_FORMATS[dialect].format(box), BOX_FORMATS[dialect]
         np.testing.assert_allclose(kind.strict(text), kind.parse(text), rtol=0, atol=1e-15)
 
 
@@ -194,10 +194,10 @@ def test_an_unknown_parsing_is_told_what_is_right():
         score(table("llava")[:1], parsing="strikt")
 
 
-@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("dialect", BOX_FORMATS)
 @pytest.mark.parametrize("text", ["[", "[0", "[0.1,", "0", " ", "[ ", "{<1>", ";", "[0.1,0.1,0.1,0.1;", "<unk>"])
 def test_strict_takes_linear_time(dialect, text):
 
     start = time.process_time()
-    DIALECTS[dialect].strict(text * 50_000)
+    BOX_FORMATS[dialect].strict(text * 50_000)
     assert time.process_time() - start < 1

@@ -16,10 +16,10 @@ VAL = [scene("val", i) for i in range(80)]
 def test_tokenizer_knows_every_word_and_gives_the_text_back(family):
     tokenizer, rng = build(family), np.random.default_rng(0)
     assert build().get_vocab().items() <= tokenizer.get_vocab().items()  # so that models can begin as one another
-    dialect = {"shikra": "shikra", "minigpt_v2": "minigpt_v2"}.get(family, "llava")
+    box_format = {"shikra": "shikra", "minigpt_v2": "minigpt_v2"}.get(family, "llava")
 
     def write(scene, i):
-        return grammar.answer_box(scene, i, dialect=dialect)
+        return grammar.answer_box(scene, i, box_format=box_format)
 
     for drawn in VAL:
         for _, question, answer in grammar.questions(drawn, rng, 10, write):

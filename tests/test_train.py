@@ -12,7 +12,7 @@ from analysis import models
 from analysis.models.stem import StemClip, clip_config
 from analysis.pruning import PRUNERS
 from analysis.pruning.images import prune_images
-from analysis.rec.boxes import DIALECTS, FRAMES
+from analysis.rec.boxes import BOX_FORMATS, FRAMES
 from analysis.refstamps import grammar
 from analysis.refstamps.scenes import scene
 from analysis.training import contrast, grow, instruct, loop, train
@@ -77,8 +77,8 @@ def test_training_rows_are_evaluation_prompts(tiny_model):
     assert (prefix.tolist(), suffix) == (expected[0].tolist(), expected[1].tolist())
     whole = prune_images(PRUNERS["none"], tiny_model.encode([drawn.image]), None, [0])[0].features
     torch.testing.assert_close(image, whole, atol=2e-2, rtol=2e-2)  # features are kept in half precision
-    box = DIALECTS[tiny_model.dialect].parse(tiny_model.text(answer))
-    truth = DIALECTS["llava"].parse(found[1])
+    box = BOX_FORMATS[tiny_model.box_format].parse(tiny_model.text(answer))
+    truth = BOX_FORMATS["llava"].parse(found[1])
     size = np.array(drawn.size)
     decoded = FRAMES[tiny_model.frame].decode(box, size) - FRAMES["padded"].decode(truth, size)
     assert abs(decoded).max() <= 0.011 * size.max()

@@ -305,7 +305,7 @@ def attention_rows(
             answered.append(
                 expressions.assign(
                     raw=raw,
-                    dialect=model.dialect,
+                    dialect=model.box_format,
                     frame=model.frame,
                     **Cell(name, keep, "raster", "original", seed).columns(),
                     tokens=float(n),

@@ -32,7 +32,7 @@ from analysis.positions import ORDERS, assign, parse_spec, reorder
 from analysis.pruning import Pruner, all_pruners
 from analysis.pruning import pruner as find_pruner
 from analysis.pruning.images import prune_images
-from analysis.rec.boxes import DIALECTS, frame
+from analysis.rec.boxes import BOX_FORMATS, frame
 from analysis.rec.scoring import check_boxes, score, score_words
 from analysis.types import Cell, Ids, RecDataset, Selection, Signals, VisualTokens
 
@@ -163,7 +163,7 @@ def box_draft(model: Model) -> list[int]:
     """
     size = np.array([1000, 1000])
     boxes = frame(model.frame).encode(1000 * np.random.default_rng(0).uniform(0.1, 0.99, (100, 4)), size)
-    written = map(DIALECTS[model.dialect].format, boxes)
+    written = map(BOX_FORMATS[model.box_format].format, boxes)
     return draft_from([model.tokenizer.encode(text, add_special_tokens=False) for text in written])
 
 
@@ -329,7 +329,7 @@ def _tables(
         raw, failed = _answers(run, rows, prompts, placed, of_row)
         answered = dict(
             raw=raw,
-            dialect=model.dialect,
+            dialect=model.box_format,
             frame=model.frame,
             **cell.columns(),
             tokens=[float(len(placed[of_row[row]][0])) if row in of_row else float("nan") for row in rows.index],
@@ -351,7 +351,7 @@ def _tables_by_generate(
     model, message = run.model, run.model.ask_for if "answer" in rows else run.model.rec
     for cell in missing:
         table = id_columns(model, run.dataset, rows, _columns(rows)).assign(
-            raw="", dialect=model.dialect, frame=model.frame, **cell.columns(), tokens=np.nan, tokens_full=np.nan
+            raw="", dialect=model.box_format, frame=model.frame, **cell.columns(), tokens=np.nan, tokens_full=np.nan
         )
         todo = [row for row, image_id in rows["image_id"].items() if image_id in images]
         run.bar.update(len(rows) - len(todo))

@@ -66,7 +66,7 @@ class Model(LanguageModel):
 
     Of a family: ask_for: message of any question about one image, rec: of a referring expression, both with the image's
     words `image` in them and "{}" for the question or expression; marks: the special tokens of `image` that enclose the
-    visual tokens; dialect, frame: names in `rec.boxes`; fill: RGB of the padding.
+    visual tokens; box_format, frame: names in `rec.boxes`; fill: RGB of the padding.
     """
 
     name: str
@@ -86,7 +86,7 @@ class Model(LanguageModel):
     marks: ClassVar[tuple[str, str] | None] = None
     ask_for: ClassVar[str]
     rec: ClassVar[str]
-    dialect: ClassVar[str]
+    box_format: ClassVar[str]
     frame: ClassVar[str]
     fill: ClassVar[tuple[int, int, int]]
 

@@ -25,7 +25,7 @@ class ByGenerate:
     """A whole model with its processor.
 
     name, revision: which weights; rec, ask_for: message for the box of a referring expression, and for any question,
-    "{}" in them for its words; dialect, frame: names in `rec.boxes`; max_new_tokens: enough for a box.
+    "{}" in them for its words; box_format, frame: names in `rec.boxes`; max_new_tokens: enough for a box.
     """
 
     name: str
@@ -33,7 +33,7 @@ class ByGenerate:
     whole: PreTrainedModel
     processor: Any
     rec: str
-    dialect: str
+    box_format: str
     frame: str
     ask_for: str = "{}"
     max_new_tokens: int = 64

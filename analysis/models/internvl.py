@@ -20,4 +20,4 @@ def whole_class(config) -> tuple[type, dict]:
 def assemble(whole: InternVLForConditionalGeneration, **where) -> by_generate.ByGenerate:
     """See `by_generate.assemble`."""
     rec = "Please provide the bounding box coordinate of the region this sentence describes: <ref>{}</ref>"
-    return by_generate.assemble(whole, **where, rec=rec, dialect="internvl", frame="resized")
+    return by_generate.assemble(whole, **where, rec=rec, box_format="internvl", frame="resized")

@@ -18,7 +18,7 @@ REC_QUESTION = "Please provide the bounding box coordinate of the region this se
 class Llava(base.Model):
     ask_for = "<image>\n{}"
     rec = f"<image>\n{REC_QUESTION}"
-    dialect, frame = "llava", "padded"
+    box_format, frame = "llava", "padded"
     fill = (122, 116, 104)  # CLIP's mean colour, in whole numbers as upstream
 
 

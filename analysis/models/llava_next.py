@@ -37,7 +37,7 @@ class LlavaNext(base.Model):
 
     ask_for = llava.Llava.ask_for
     rec = llava.Llava.rec
-    dialect = llava.Llava.dialect
+    box_format = llava.Llava.box_format
 
     def mosaic(self, size: tuple[int, int]) -> tuple[Tensor, int]:
         """For an image of size (width, height): [R, C] which token of all T tiles' lies where, and T.

@@ -21,4 +21,4 @@ def whole_class(config) -> tuple[type, dict]:
 def assemble(whole: LlavaOnevisionForConditionalGeneration, **where) -> by_generate.ByGenerate:
     """See `by_generate.assemble`."""
     frame = getattr(whole.config, "frame", "resized")
-    return by_generate.assemble(whole, **where, rec=REC_QUESTION, dialect="llava", frame=frame)
+    return by_generate.assemble(whole, **where, rec=REC_QUESTION, box_format="llava", frame=frame)

@@ -65,7 +65,7 @@ class MiniGPTv2(base.Model):
     image = "<ImageHere>"
     ask_for = f"<Img>{image}</Img> [vqa] {{}}"
     rec = f"<Img>{image}</Img> [refer] give me the location of {{}}"
-    dialect, frame = "minigpt_v2", "resized"
+    box_format, frame = "minigpt_v2", "resized"
 
     def squared(self, image):
         return image

@@ -19,4 +19,4 @@ def whole_class(config) -> tuple[type, dict]:
 def assemble(whole: Qwen3VLForConditionalGeneration, **where) -> by_generate.ByGenerate:
     """See `by_generate.assemble`."""
     rec = "Locate {} in this image and output the bbox coordinates in JSON format."
-    return by_generate.assemble(whole, **where, rec=rec, dialect="qwen3_vl", frame="resized")
+    return by_generate.assemble(whole, **where, rec=rec, box_format="qwen3_vl", frame="resized")

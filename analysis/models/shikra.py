@@ -43,7 +43,7 @@ class Shikra(base.Model):
     marks = ("<im_start>", "<im_end>")
     ask_for = f"{image} {{}}"
     rec = f"Can you point out {{}} in the image {image} and provide the coordinates of its location?"
-    dialect, frame = "shikra", "padded"
+    box_format, frame = "shikra", "padded"
     fill = (255, 255, 255)
 
 

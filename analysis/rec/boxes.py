@@ -1,4 +1,4 @@
-"""Boxes: how a model writes them (dialect), in which image it means them (frame), and when two agree (IoU).
+"""Boxes: how a model writes them (box format), in which image it means them (frame), and when two agree (IoU).
 
 A box is float64 [..., 4] = x1, y1, x2, y2 with the origin at the top left; a size is [..., 2] = width, height in
 pixels of the original image. Leading dimensions broadcast.
@@ -121,7 +121,7 @@ def frame(name: str) -> Frame:
     return _resized_pixels(*map(int, numbers.groups()))
 
 
-class Dialect(NamedTuple):
+class BoxFormat(NamedTuple):
     """How a model writes a box of fractions: format(box [4]) -> text; parse(text) -> box [4], None if invalid.
 
     convention: when upstream counts it as correct, a name in `CONVENTIONS`; strict: `parse` as the script does it whose
@@ -309,21 +309,21 @@ def strict_qwen2_5_vl(text: str) -> Boxes | None:
     return box if box.shape == (4,) and np.isfinite(box).all() else None
 
 
-DIALECTS: dict[str, Dialect] = {
-    "llava": Dialect(format_llava, parse_llava, "ge", strict_llava),
+BOX_FORMATS: dict[str, BoxFormat] = {
+    "llava": BoxFormat(format_llava, parse_llava, "ge", strict_llava),
     # lenient parsing is LLaVA's: the two differ in decimals and spaces only
-    "shikra": Dialect(format_shikra, parse_llava, "gt", strict_shikra),
-    "minigpt_v2": Dialect(format_minigpt_v2, parse_minigpt_v2, "plus_one", strict_minigpt_v2),
-    "qwen2_5_vl": Dialect(format_qwen2_5_vl, parse_qwen2_5_vl, "ge", strict_qwen2_5_vl),  # in pixels, not fractions
-    "qwen3_vl": Dialect(format_qwen3_vl, parse_qwen3_vl, "ge", strict_qwen3_vl),
-    "internvl": Dialect(format_internvl, parse_internvl, "ge", strict_internvl),
+    "shikra": BoxFormat(format_shikra, parse_llava, "gt", strict_shikra),
+    "minigpt_v2": BoxFormat(format_minigpt_v2, parse_minigpt_v2, "plus_one", strict_minigpt_v2),
+    "qwen2_5_vl": BoxFormat(format_qwen2_5_vl, parse_qwen2_5_vl, "ge", strict_qwen2_5_vl),  # in pixels, not fractions
+    "qwen3_vl": BoxFormat(format_qwen3_vl, parse_qwen3_vl, "ge", strict_qwen3_vl),
+    "internvl": BoxFormat(format_internvl, parse_internvl, "ge", strict_internvl),
 }
 
-# How an answer becomes a box: `Dialect.parse` finds one wherever the text has one, and so measures where a model
-# points; `Dialect.strict` is what published numbers were scored with.
-PARSINGS: dict[str, Callable[[Dialect], Callable[[str], Boxes | None]]] = {
-    "lenient": lambda dialect: dialect.parse,
-    "strict": lambda dialect: dialect.strict,
+# How an answer becomes a box: `BoxFormat.parse` finds one wherever the text has one, and so measures where a model
+# points; `BoxFormat.strict` is what published numbers were scored with.
+PARSINGS: dict[str, Callable[[BoxFormat], Callable[[str], Boxes | None]]] = {
+    "lenient": lambda box_format: box_format.parse,
+    "strict": lambda box_format: box_format.strict,
 }
 
 

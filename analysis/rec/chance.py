@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from analysis.rec.boxes import DIALECTS, hit
+from analysis.rec.boxes import BOX_FORMATS, hit
 from analysis.rec.boxes import frame as find_frame
 from analysis.rec.scoring import SIZE, TRUTH
 from analysis.registry import pick
@@ -21,7 +21,7 @@ def chance(rows: pd.DataFrame, frame: str = "padded", convention: str | None = N
     rows: ref_id, sent_id, image_id, width, height, x1, y1, x2, y2. Raises ValueError for an unknown name.
     """
     if convention is None:
-        convention = pick(DIALECTS, rows["dialect"].iloc[0], "dialect").convention if "dialect" in rows else "ge"
+        convention = pick(BOX_FORMATS, rows["dialect"].iloc[0], "dialect").convention if "dialect" in rows else "ge"
     one = rows.drop_duplicates(["image_id", "ref_id", "sent_id"])
     one = one.sample(min(most, len(one)), random_state=0)
     sizes, truth = one[SIZE].to_numpy(np.float64), one[TRUTH].to_numpy(np.float64)

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import pandas as pd
 
-from analysis.rec.boxes import CONVENTIONS, DIALECTS, PARSINGS, hit
+from analysis.rec.boxes import BOX_FORMATS, CONVENTIONS, PARSINGS, hit
 from analysis.rec.boxes import frame as find_frame
 from analysis.registry import pick
 from analysis.stats import rate_interval
@@ -60,7 +60,7 @@ def _parse(rows: pd.DataFrame, parsing: str) -> np.ndarray:
     """Fractions [n, 4] of the raw answers, NaN where invalid; each distinct text is parsed once."""
     fractions = np.full((len(rows), 4), np.nan)
     for name, here in _by_name(rows["dialect"]):
-        parse = pick(PARSINGS, parsing, "parsing")(pick(DIALECTS, name, "dialect"))
+        parse = pick(PARSINGS, parsing, "parsing")(pick(BOX_FORMATS, name, "dialect"))
         codes, texts = pd.factorize(rows["raw"][here])
         boxes = [parse(text) for text in texts]
         fractions[here] = np.array([np.full(4, np.nan) if box is None else box for box in boxes])[codes]
@@ -106,7 +106,7 @@ def score(
     for name, here in _by_name(frames):
         pixels[here] = find_frame(name).decode(fractions[here], sizes[here])
     overlap, correct = np.zeros(len(rows)), np.zeros(len(rows), dtype=bool)
-    for name, here in _by_name(rows["dialect"].map(lambda dialect: convention or DIALECTS[dialect].convention)):
+    for name, here in _by_name(rows["dialect"].map(lambda name: convention or BOX_FORMATS[name].convention)):
         overlap[here], correct[here] = hit(pixels[here], truth[here], name)
     scores = {"iou": overlap, "correct": correct, "invalid": np.isnan(pixels[:, 0])}
     return rows.assign(**dict(zip(PREDICTION, pixels.T)), **scores)
@@ -159,14 +159,14 @@ def summarise(scored: pd.DataFrame, by: Sequence[str], clusters: str = "image_id
     return pd.DataFrame(summaries)
 
 
-def perfect_answers(rows: pd.DataFrame, frame: str = "padded", dialect: str = "llava") -> pd.DataFrame:
+def perfect_answers(rows: pd.DataFrame, frame: str = "padded", box_format: str = "llava") -> pd.DataFrame:
     """A copy of rows answered by a model that is always right: raw is the ground truth as it would write it.
 
-    frame, dialect: names in `FRAMES` and `DIALECTS`, put in the columns of the same name. tokens is 0 and tokens_full
+    frame, box_format: names in `FRAMES` and `BOX_FORMATS`, for the columns frame and dialect. tokens is 0 and tokens_full
     1, so that `summarise` takes the rows. Scored in another frame, they measure what reading the wrong frame costs.
     Raises ValueError for missing columns, unknown names and impossible ground truth.
     """
     check_boxes(rows)
-    encode, write = find_frame(frame).encode, pick(DIALECTS, dialect, "dialect").format
+    encode, write = find_frame(frame).encode, pick(BOX_FORMATS, box_format, "box format").format
     boxes = encode(rows[TRUTH].to_numpy(np.float64), rows[SIZE].to_numpy(np.float64))
-    return rows.assign(raw=list(map(write, boxes)), dialect=dialect, frame=frame, tokens=0, tokens_full=1)
+    return rows.assign(raw=list(map(write, boxes)), dialect=box_format, frame=frame, tokens=0, tokens_full=1)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from analysis.rec.boxes import DIALECTS
+from analysis.rec.boxes import BOX_FORMATS
 from analysis.rec.boxes import frame as find_frame
 from analysis.refstamps.scenes import Object, Scene, rng_for
 from analysis.refstamps.stamps import colours, nouns, plural
@@ -191,9 +191,9 @@ DESCRIBE = "Please provide a short description for this region:"
 LIST = "List the objects in the image."
 
 
-def answer_box(scene: Scene, i: int, frame: str = "padded", dialect: str = "llava") -> str:
+def answer_box(scene: Scene, i: int, frame: str = "padded", box_format: str = "llava") -> str:
     """An object's box as the model is to write it."""
-    return DIALECTS[dialect].format(
+    return BOX_FORMATS[box_format].format(
         find_frame(frame).encode(np.array(scene.objects[i].box, float), np.array(scene.size))
     )
 
@@ -213,7 +213,7 @@ def rec_question(scene: Scene, rng: np.random.Generator, write: Write = answer_b
 
 def describe_question(scene: Scene, rng: np.random.Generator, write: Write = answer_box) -> tuple[str, str]:
     i = int(rng.integers(len(scene.objects)))
-    box = re.search(r"[\[{].*[\]}]", write(scene, i))[0]  # without the words that a dialect puts around it
+    box = re.search(r"[\[{].*[\]}]", write(scene, i))[0]  # without the words that a box format puts around it
     return f"{DESCRIBE} {box}", f"{scene.objects[i].colour} {scene.objects[i].noun}".strip()
 
 

@@ -37,7 +37,7 @@ from analysis.models.shikra import ShikraConfig
 from analysis.models.stem import GRID, IMAGE, PATCH, eva_from_clip, install_stem
 from analysis.pruning import none
 from analysis.pruning.images import prune_images
-from analysis.rec.boxes import DIALECTS, FRAMES, hit
+from analysis.rec.boxes import BOX_FORMATS, FRAMES, hit
 from analysis.rec.boxes import frame as find_frame
 from analysis.refstamps.grammar import answer_box, questions, rec_question
 from analysis.refstamps.scenes import Scene, scene
@@ -287,14 +287,14 @@ def asked(
     """
 
     def write(scene: Scene, i: int) -> str:
-        return answer_box(scene, i, model.frame, model.dialect)
+        return answer_box(scene, i, model.frame, model.box_format)
 
     if alone:
         if pair := rec_question(drawn, rng, write):
             yield block(model, model.prompt(pair[0]), pair[1])
         return
     prompt = model.prompt
-    if model.dialect == "shikra":
+    if model.box_format == "shikra":
         prompt = lambda expression: model.split(IMAGE_FIRST.format(image=model.image), expression)  # noqa: E731
     rows: dict[tuple, tuple[Tensor, list]] = {}
     for task, question, answer in questions(drawn, rng, count, write):
@@ -325,8 +325,8 @@ def accuracy(model: Model, scenes: Sequence[Scene]) -> float:
             inputs.append(prompt_inputs(model.embed, model.prompt(expression), tokens, visual.unpruned).whole)
         answers = greedy(model, inputs)
         for (drawn, _, truth), answer in zip(part, answers):
-            said, size = DIALECTS[model.dialect].parse(model.text(answer)), np.array(drawn.size)
-            true = FRAMES["padded"].decode(DIALECTS["llava"].parse(truth), size)
+            said, size = BOX_FORMATS[model.box_format].parse(model.text(answer)), np.array(drawn.size)
+            true = FRAMES["padded"].decode(BOX_FORMATS["llava"].parse(truth), size)
             right.append(said is not None and bool(hit(find_frame(model.frame).decode(said, size), true)[1]))
     return round(float(np.mean(right)), 4)
 
@@ -351,7 +351,7 @@ def train(name: str, args) -> None:
         pool = loop.Pool(start, args.pool, args.fresh, args.workers, prepare, step)
         rng = np.random.default_rng([17, step])
         while True:
-            alone = model.dialect == "shikra" and rng.random() < args.alone
+            alone = model.box_format == "shikra" and rng.random() < args.alone
             yield (
                 [
                     (seen, prefix, blocks)
