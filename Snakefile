@@ -142,7 +142,7 @@ if not BEGUN.exists():
 
 # A driver holds the project until it ends in whatever way. Where none is alive, what a killed one has locked is free.
 if workflow.is_main_process and not {"-n", "--dry-run", "--dryrun"} & set(sys.argv):
-    DRIVER = results.alone(Path(".snakemake/driver"), wait=0)
+    DRIVER = results.locked(Path(".snakemake/driver"), wait=0)
     try:
         DRIVER.__enter__()
     except RuntimeError as error:

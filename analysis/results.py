@@ -152,7 +152,7 @@ def _try_lock(path: Path) -> IO | Path | None:
 
 
 @contextmanager
-def alone(out: Path, wait: float | None = None) -> Iterator[None]:
+def locked(out: Path, wait: float | None = None) -> Iterator[None]:
     """Hold `out` for this process, until it ends in whatever way.
 
     wait: seconds to wait for another process that holds it; None takes the environment's ROWS_WAIT, or 0. RuntimeError,

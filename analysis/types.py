@@ -137,7 +137,7 @@ class Selection:
 
 
 def kept(features: Tensor, index: Tensor) -> list[Selection]:
-    """Selections that keep existing tokens only. features: [B, N, D]; index: [B, K] raster indices, in emitted order."""
+    """Selections that keep original tokens only. features: [B, N, D]; index: [B, K] raster indices as emitted."""
     chosen = torch.gather(features, 1, index[..., None].expand(-1, -1, features.shape[-1]))
     none = torch.zeros(index.shape[1], dtype=torch.bool, device=index.device)
     return [Selection(f, i, none) for f, i in zip(chosen, index)]
@@ -147,9 +147,9 @@ def kept(features: Tensor, index: Tensor) -> list[Selection]:
 class RecDataset:
     """One split; anything with these four can be evaluated.
 
-    rows: one per expression, with image_id, ref_id (the object), sent_id, expression, width, height and the ground truth
-    x1, y1, x2, y2 in pixels of the original image, or one per question, with task and the answer's words instead of the
-    box; image(image_id) gives the RGB picture.
+    rows: one per expression, with image_id, ref_id (the object), sent_id, expression, width, height and the ground
+    truth x1, y1, x2, y2 in pixels of the original image, or one per question, with task and the answer's words instead
+    of the box; image(image_id) gives the RGB picture.
     """
 
     name: str

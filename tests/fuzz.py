@@ -391,7 +391,7 @@ def pickled(data: bytes, folder: Path) -> None:
     with watched() as seen:
         (folder / "refs.p").write_bytes(data)
         try:
-            refcoco.read(folder / "refs.p", "val", instances=store() / "instances.json")
+            refcoco.read_annotations(folder / "refs.p", "val", instances=store() / "instances.json")
         finally:
             assert not seen, f"the pickle did this: {seen}"
 
@@ -399,7 +399,7 @@ def pickled(data: bytes, folder: Path) -> None:
 def coco(data: bytes, folder: Path) -> None:
     (folder / "instances.json").write_bytes(data)
     (folder / "refs(unc).p").write_bytes(pickle.dumps(forms.refs(), 2))
-    refcoco.read(folder, "val")
+    refcoco.read_annotations(folder, "val")
 
 
 def columns(names: str) -> list[bytes]:
@@ -777,7 +777,7 @@ def news_json() -> list[bytes]:
 
 def documents(data: bytes, folder: Path, name: str) -> None:
     (folder / name).write_bytes(data)
-    for document in news.read(folder / name):
+    for document in news.read_documents(folder / name):
         assert document.article and all(document.article) and all(document.abstract)
         assert document.labels is None or len(document.labels) == len(document.article)
 
@@ -878,7 +878,7 @@ def weights(data: bytes, folder: Path) -> None:
     (folder / "weights.bin").write_bytes(data)
     with watched() as seen:
         try:
-            convert.tensors(convert.read(folder / "weights.bin"), folder / "weights.bin")
+            convert.tensors(convert.read_weights(folder / "weights.bin"), folder / "weights.bin")
         finally:
             assert not [event for event in seen if event[0] != "compile"], f"the file did this: {seen}"
 

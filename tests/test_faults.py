@@ -122,7 +122,7 @@ def test_a_full_disk_loses_nothing(whole, tiny, tiny_folder, tmp_path):
 
 def test_two_processes_on_the_same_rows(whole, tiny, tiny_folder, tmp_path):
     out = tmp_path / "rows.parquet"
-    with results.alone(out), pytest.raises(RuntimeError, match="another process is working on .*rows.parquet"):
+    with results.locked(out), pytest.raises(RuntimeError, match="another process is working on .*rows.parquet"):
         run(tiny, out, GRID[:1])
     both = [child(tiny_folder, out) for _ in range(2)]
     said = [process.communicate()[1] for process in both]

@@ -150,7 +150,7 @@ def test_after_a_kill_the_next_run_goes_on_and_beside_another_it_does_not_begin(
     (project.folder / TARGETS[0]).unlink()
     assert project.made() == ["fig1_collapse"]
     (project.folder / TARGETS[0]).unlink()
-    with results.alone(project.folder / ".snakemake/driver"):
+    with results.locked(project.folder / ".snakemake/driver"):
         code, said = project.run(*TARGETS)
     assert code != 0 and project.calls == []
     assert f"process {os.getpid()} on" in said and "remove" in said and "driver.lock" in said
@@ -179,15 +179,15 @@ def test_a_trial_of_a_real_checkpoint_is_not_the_whole_and_removes_nothing(proje
 def test_two_notebooks_of_one_project_wait_for_each_other(tmp_path):
     """A job of a killed driver that still works is waited for, where Snakemake has asked for it."""
     script = (
-        "import sys, time; from pathlib import Path; from analysis.results import alone\n"
-        "with alone(Path(sys.argv[1])): print('held', flush=True); time.sleep(1.5)"
+        "import sys, time; from pathlib import Path; from analysis.results import locked\n"
+        "with locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(1.5)"
     )
     other = subprocess.Popen(
         [sys.executable, "-c", script, tmp_path / "rows"], cwd=ROOT, stdout=subprocess.PIPE, text=True
     )
     assert other.stdout.readline() == "held\n"
     with pytest.raises(RuntimeError, match=rf"process {other.pid} on .*if no such process runs there"):
-        results.alone(tmp_path / "rows").__enter__()
+        results.locked(tmp_path / "rows").__enter__()
     begun = time.monotonic()
-    with results.alone(tmp_path / "rows", wait=60):
+    with results.locked(tmp_path / "rows", wait=60):
         assert time.monotonic() - begun > 0.3 and other.wait() == 0

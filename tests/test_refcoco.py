@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from analysis.engine.evaluate import EXPRESSION
 from analysis.rec import datasets
-from analysis.rec.refcoco import COLUMNS, COUNTS, FORMS, TRUTH, check_counts, coco_name, read, unc_val
+from analysis.rec.refcoco import COLUMNS, COUNTS, FORMS, TRUTH, check_counts, coco_name, read_annotations, unc_val
 from analysis.rec.scoring import perfect_answers, score, summarise
 from tests.support.refcoco import (
     EXPECTED,
@@ -44,7 +44,7 @@ from tests.support.refcoco import (
 
 @pytest.mark.parametrize("name", WRITERS)
 def test_every_form_gives_the_same_rows(name, tmp_path, recwarn):
-    rows = read(**WRITERS[name](tmp_path))
+    rows = read_annotations(**WRITERS[name](tmp_path))
     assert list(rows) == COLUMNS and set(EXPRESSION) < set(COLUMNS)
     assert pd.factorize(rows["ref_id"])[0].tolist() == pd.factorize(EXPECTED["object"])[0].tolist()
     pd.testing.assert_frame_equal(rows.drop(columns="ref_id"), EXPECTED.drop(columns="object"), check_exact=True)
@@ -52,10 +52,10 @@ def test_every_form_gives_the_same_rows(name, tmp_path, recwarn):
 
 
 def test_refs_keep_their_ids_and_boxes_without_one_are_numbered_in_their_image(tmp_path):
-    assert read(**refer(tmp_path))["ref_id"].tolist() == ["7", "7", "8", "9", "9"]
+    assert read_annotations(**refer(tmp_path))["ref_id"].tolist() == ["7", "7", "8", "9", "9"]
     stem = Path(WIDE).stem
-    assert read(**qwen(tmp_path))["ref_id"].tolist()[:3] == [f"{stem}_0", f"{stem}_0", f"{stem}_1"]
-    twice = read(**lmms(tmp_path, objects=[*OBJECTS, OBJECTS[0]]))
+    assert read_annotations(**qwen(tmp_path))["ref_id"].tolist()[:3] == [f"{stem}_0", f"{stem}_0", f"{stem}_1"]
+    twice = read_annotations(**lmms(tmp_path, objects=[*OBJECTS, OBJECTS[0]]))
     assert twice["ref_id"].tolist() == ["107", "107", "108", "109", "109", "107_1", "107_1"]
     assert not twice.duplicated(["image_id", "ref_id", "sent_id"]).any()
 
@@ -78,9 +78,9 @@ def test_names_of_images(path, name):
 
 def test_the_standard_split_is_cut_out_of_lmms_val(tmp_path, capsys):
     """Theirs holds an object twice, one of another split, and one of the standard split is missing."""
-    unc = read(**minigpt(tmp_path))
+    unc = read_annotations(**minigpt(tmp_path))
     other = (50, TALL, [1.0, 2.0, 3.0, 4.0], ["someone else's"])
-    theirs = read(**lmms(tmp_path, objects=[other, OBJECTS[2], OBJECTS[0], OBJECTS[2]]))
+    theirs = read_annotations(**lmms(tmp_path, objects=[other, OBJECTS[2], OBJECTS[0], OBJECTS[2]]))
     cut = unc_val(theirs, unc)
     assert cut["expression"].tolist() == ["the cup", "a cup", "red cat", "cat on the café's left"]
     printed = capsys.readouterr().out
@@ -90,7 +90,7 @@ def test_the_standard_split_is_cut_out_of_lmms_val(tmp_path, capsys):
 
 
 def test_counts(tmp_path, monkeypatch):
-    rows = read(**minigpt(tmp_path))
+    rows = read_annotations(**minigpt(tmp_path))
     with pytest.raises(ValueError, match="10834 expressions of 3811 objects in 1500 images, but these rows have 5 exp"):
         check_counts(rows, "refcoco", "val")
     with pytest.raises(ValueError, match="valid: val, test"):
@@ -165,7 +165,7 @@ def test_boxes_that_stick_out_by_rounding_are_clipped_with_one_warning(tmp_path)
         content[2]["bbox"] = [40, 5, 41.5, 20]
 
     with pytest.warns(UserWarning, match="2 boxes stuck out .* at most 1.50 px.*000000000009_7$") as caught:
-        rows = read(edited(tmp_path, out))
+        rows = read_annotations(edited(tmp_path, out))
     assert len(caught) == 1
     assert rows[TRUTH].iloc[[0, 2]].to_numpy().tolist() == [[0, 0, 19.6, 30], [40, 5, 80, 25]]
 
@@ -185,7 +185,7 @@ def test_boxes_that_stick_out_by_rounding_are_clipped_with_one_warning(tmp_path)
 )
 def test_impossible_annotations(key, value, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        read(edited(tmp_path, lambda content: content[2].update({key: value})))
+        read_annotations(edited(tmp_path, lambda content: content[2].update({key: value})))
 
 
 def test_a_broken_line_is_named(tmp_path):
@@ -193,10 +193,10 @@ def test_a_broken_line_is_named(tmp_path):
     whole = path.read_text().split("\n")
     path.write_text("\n".join([whole[0], "", whole[1][:30], whole[2]]))
     with pytest.raises(ValueError, match="rows.jsonl, line 3: broken JSON.*valid forms are .*image, sent, bbox"):
-        read(path)
+        read_annotations(path)
     path.write_text("\n".join([whole[0], json.dumps({"image": WIDE})]))
     with pytest.raises(ValueError, match="line 2: 'sent' is missing; Qwen-VL JSON lines has image, sent"):
-        read(path)
+        read_annotations(path)
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -205,14 +205,14 @@ def test_truncated_files(name, tmp_path):
     path = given["path"] / "refs(unc).p" if given["path"].is_dir() else given["path"]
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(ValueError, match=path.name.split("(")[0]):
-        read(**given)
+        read_annotations(**given)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", "3", "null", "[[1]]", '{"image": 1, "box": 2}', "[" * 10**5])
 def test_other_json(text, tmp_path):
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(ValueError, match="valid forms are .*jxu124.*refer.*lmms-lab.*MiniGPT-v2.*Qwen-VL.*Shikra"):
-        read(tmp_path / "a.json")
+        read_annotations(tmp_path / "a.json")
 
 
 def test_the_order_of_boxes_must_be_clear(tmp_path):
@@ -222,35 +222,35 @@ def test_the_order_of_boxes_must_be_clear(tmp_path):
         row["bbox"] = [1.0, 2.0, 10.0, 12.0]
     pq.write_table(pa.Table.from_pylist(table), given["path"])
     with pytest.raises(ValueError, match="both as xyxy and as xywh"):
-        read(**given)
+        read_annotations(**given)
     for row in table:
         row["raw_anns"] = json.dumps({"bbox": [5, 5, 5, 5]})
     pq.write_table(pa.Table.from_pylist(table), given["path"])
     with pytest.raises(ValueError, match="neither as xyxy nor as xywh"):
-        read(**given)
+        read_annotations(**given)
 
 
 def test_unknown_splits_sizes_and_instances(tmp_path):
     with pytest.raises(ValueError, match="no split 'testA'; it has: val, train"):
-        read(**refer(tmp_path) | dict(split="testA"))
+        read_annotations(**refer(tmp_path) | dict(split="testA"))
     with pytest.raises(ValueError, match="instances=<instances.json> or images="):
-        read(**shikra(tmp_path, False))
+        read_annotations(**shikra(tmp_path, False))
     with pytest.raises(FileNotFoundError, match="1 of 2 images are missing, first .*25.jpg"):
         (photos(tmp_path / "images") / TALL).unlink()
-        read(**shikra(tmp_path, False), images=tmp_path / "images")
+        read_annotations(**shikra(tmp_path, False), images=tmp_path / "images")
     with pytest.raises(ValueError, match="holds no bytes of COCO"):
-        read(**lmms(tmp_path, images=False))
+        read_annotations(**lmms(tmp_path, images=False))
     (tmp_path / "instances.json").unlink()
     with pytest.raises(ValueError, match="gives no boxes: instances.json is to lie beside it"):
-        read(tmp_path)
+        read_annotations(tmp_path)
     (tmp_path / "instances.json").write_text('{"images": [], "annotations": []}')
     with pytest.raises(ValueError, match="entry 1: instances.json lacks image 0 or annotation 107"):
-        read(tmp_path)
+        read_annotations(tmp_path)
     (tmp_path / "instances.json").write_text('{"images": 3}')
     with pytest.raises(ValueError, match="no COCO instances file"):
-        read(tmp_path)
+        read_annotations(tmp_path)
     with pytest.raises(ValueError, match=r"no refs\(unc\).p"):
-        read(tmp_path / "images")
+        read_annotations(tmp_path / "images")
 
 
 # Hostile pickles.
@@ -302,7 +302,7 @@ def test_a_pickle_that_names_anything_is_refused_unrun(name, tmp_path):
     instances(tmp_path)
     (tmp_path / "refs(unc).p").write_bytes(hostile(mark)[name])
     with pytest.raises(ValueError, match="refused|does not begin with a record") as error:
-        read(tmp_path)
+        read_annotations(tmp_path)
     assert not mark.exists()
     if name in ("system 0", "by hand", "stacked"):
         assert "posix.system" in str(error.value) or "os.system" in str(error.value)
@@ -322,7 +322,7 @@ NOISE = settings(max_examples=100, deadline=None, suppress_health_check=[HealthC
 def check_noise(path, content):
     path.write_bytes(content)
     with suppress(ValueError):
-        read(path)
+        read_annotations(path)
 
 
 @NOISE
@@ -348,7 +348,7 @@ def test_odd_texts(text, tmp_path):
         content[0]["sents"] = content[0]["img_id"] = text
 
     with pytest.raises(ValueError, match="its file_name"):
-        read(edited(tmp_path, change))
+        read_annotations(edited(tmp_path, change))
 
 
 # Data sets by name.

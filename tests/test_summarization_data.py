@@ -25,7 +25,7 @@ from analysis.summarization.data import (
     cut,
     labelled,
     labels,
-    read,
+    read_documents,
     sentences,
     tokenise,
 )
@@ -72,7 +72,7 @@ def test_tokenised_text_is_cut_after_its_quotes():
 
 def test_bin_chunks_of_both_papers_read_back(tmp_path):
     file = written(tmp_path, chunk(SEE, HSU), "val_000.bin")
-    assert list(read(file)) == [
+    assert list(read_documents(file)) == [
         Document(ARTICLE, ABSTRACT, None, "val_000-0"),
         Document(ARTICLE, ABSTRACT, [1, 0, 1], "val_000-1"),
     ]
@@ -82,30 +82,30 @@ def test_bin_fields_that_nobody_needs_are_passed_over(tmp_path):
     more = varint(5 << 3) + varint(2**60) + varint(6 << 3 | 1) + b"\xff" * 8 + varint(7 << 3 | 5) + b"\xff" * 4
     numbers = feature("length", "\x01", kind=3)
     file = written(tmp_path, chunk(more + example(numbers) + SEE + more), "odd.bin")
-    assert [document.article for document in read(file)] == [ARTICLE]
+    assert [document.article for document in read_documents(file)] == [ARTICLE]
 
 
 def test_a_pattern_reads_its_files_in_order(tmp_path):
     for number, name in ((1, "train_001.bin"), (0, "train_000.bin"), (2, "val_000.bin")):
         text = example(feature("article", f"number {number} ."), feature("abstract", tagged(ABSTRACT)))
         written(tmp_path, chunk(text), name)
-    assert [document.article[0][1] for document in read(tmp_path / "train_*.bin")] == ["0", "1"]
+    assert [document.article[0][1] for document in read_documents(tmp_path / "train_*.bin")] == ["0", "1"]
     with pytest.raises(FileNotFoundError, match=r"train_\*\.bin"):
-        read(tmp_path)
+        read_documents(tmp_path)
     with pytest.raises(FileNotFoundError):
-        read(tmp_path / "test_*.bin")
+        read_documents(tmp_path / "test_*.bin")
 
 
 def test_another_ending_is_refused_with_the_valid_ones(tmp_path):
     with pytest.raises(ValueError, match="valid: .bin, .jsonl"):
-        read(written(tmp_path, "{}", "file.json"))
+        read_documents(written(tmp_path, "{}", "file.json"))
 
 
 def test_json_lines_of_sentences_read_back(tmp_path):
     texts = dict(article_sents=[" ".join(words).upper() for words in ARTICLE], abstract_sents=ABSTRACT)
     marked = dict(article_sents=[*ARTICLE, []], abstract_sents=["", *ABSTRACT], labels=[0, 1, 0, 1], id=7)
     file = written(tmp_path, f"{json.dumps(texts)}\n\n{json.dumps(marked)}\n")
-    assert list(read(file)) == [
+    assert list(read_documents(file)) == [
         Document(ARTICLE, ABSTRACT, None, "file-0"),
         Document(ARTICLE, ABSTRACT, [0, 1, 0], "7"),
     ]
@@ -117,7 +117,7 @@ def test_json_lines_of_plain_text_read_back(tmp_path):
         id="x",
         highlights="Storm hits Rowfield .\nShops closed",
     )
-    assert list(read(written(tmp_path, json.dumps(plain)))) == [Document(ARTICLE, ABSTRACT, None, "x")]
+    assert list(read_documents(written(tmp_path, json.dumps(plain)))) == [Document(ARTICLE, ABSTRACT, None, "x")]
 
 
 GOOD = dict(article_sents=ARTICLE, abstract_sents=ABSTRACT)
@@ -144,7 +144,7 @@ GOOD = dict(article_sents=ARTICLE, abstract_sents=ABSTRACT)
 def test_a_broken_line_is_named(tmp_path, line, message):
     line = line if isinstance(line, bytes) else line.encode()
     with pytest.raises(ValueError, match=message):
-        list(read(written(tmp_path, json.dumps(GOOD).encode() + b"\n" + line)))
+        list(read_documents(written(tmp_path, json.dumps(GOOD).encode() + b"\n" + line)))
 
 
 @pytest.mark.parametrize(
@@ -175,19 +175,19 @@ def test_a_broken_line_is_named(tmp_path, line, message):
 )
 def test_a_broken_chunk_is_refused_with_its_example(tmp_path, content, message):
     with pytest.raises(ValueError, match=message):
-        list(read(written(tmp_path, content, "broken.bin")))
+        list(read_documents(written(tmp_path, content, "broken.bin")))
 
 
 def test_a_chunk_cut_anywhere_is_refused(tmp_path):
     whole = chunk(SEE, HSU)
     for length in set(range(1, len(whole), 3)) - {len(chunk(SEE))}:
         with pytest.raises(ValueError, match="broken.bin, example"):
-            list(read(written(tmp_path, whole[:length], "broken.bin")))
+            list(read_documents(written(tmp_path, whole[:length], "broken.bin")))
 
 
 def only_value_errors(file):
     try:
-        return all(document.article and document.abstract for document in read(file))
+        return all(document.article and document.abstract for document in read_documents(file))
     except ValueError:
         return True
 
@@ -222,7 +222,7 @@ def test_empty_documents_are_left_out_only_when_asked_for(tmp_path):
     lines = [GOOD, GOOD | {"article_sents": []}, GOOD | {"abstract_sents": [""]}, GOOD]
     file = written(tmp_path, "\n".join(map(json.dumps, lines)))
     with pytest.warns(UserWarning, match="2 documents without"):
-        assert [document.id for document in read(file, skip_empty=True)] == ["file-0", "file-3"]
+        assert [document.id for document in read_documents(file, skip_empty=True)] == ["file-0", "file-3"]
 
 
 class Paper:

@@ -21,7 +21,7 @@ from analysis.summarization.model import (
     Sizes,
     Unified,
     chosen,
-    select,
+    keep_sentences,
     text,
     trainable,
 )
@@ -358,13 +358,13 @@ def test_chosen_sentences():
 def test_select_reads_the_chosen_sentences_only():
     batch = make()
     keep = torch.tensor([[0, 1, 0, 0], [1, 0, 0, 0], [0, 1, 0, 1]], dtype=torch.bool)
-    got = select(batch, keep, TINY.vocabulary)
+    got = keep_sentences(batch, keep, TINY.vocabulary)
     assert got.extended.tolist() == [[6, 4, PAD], [6, 7, PAD], [10, 7, 4]]
     assert got.words.tolist() == [[6, 4, PAD], [6, 7, PAD], [UNK, 7, 4]]
     assert got.sentence.tolist() == [[1, 1, -1], [0, 0, -1], [1, 3, 3]]
     assert got.target.tolist() == [[5, UNK, 8, STOP, PAD], [7, STOP, PAD, PAD, PAD], [10, 4, 6, 6, STOP]]
     with pytest.raises(ValueError, match=r"articles \[1\] of the batch keep no sentence"):
-        select(batch, keep & torch.tensor([[True], [False], [True]]), TINY.vocabulary)
+        keep_sentences(batch, keep & torch.tensor([[True], [False], [True]]), TINY.vocabulary)
 
 
 def test_two_stage_with_all_sentences_is_the_pointer_generator():
@@ -377,7 +377,7 @@ def test_two_stage_with_all_sentences_is_the_pointer_generator():
     model.extractor.content.bias.data.fill_(-50)  # now nothing is above 0.5, so one sentence each is read
     left = model(batch, "two-stage")
     assert [len(set(row) - {-1}) for row in left.batch.sentence.tolist()] == [1, 1, 1]
-    expected = model.abstracter(select(batch, chosen(left.beta, batch.sentences), TINY.vocabulary))
+    expected = model.abstracter(keep_sentences(batch, chosen(left.beta, batch.sentences), TINY.vocabulary))
     torch.testing.assert_close(left.log_prob, expected.log_prob)
 
 

@@ -7,7 +7,16 @@ from rouge_score.rouge_scorer import RougeScorer
 
 from analysis.summarization import news
 from analysis.summarization.data import Document
-from analysis.summarization.score import difference, extractor_recall, lead, novel, oracle, rouge, select, style
+from analysis.summarization.score import (
+    difference,
+    extractor_recall,
+    lead,
+    novel,
+    oracle,
+    rouge,
+    selected_sentences,
+    style,
+)
 
 CATS = Document(
     [["the", "cat", "sat"], ["it", "rained"], ["a", "dog", "ran", "home"], ["the", "end"]],
@@ -104,13 +113,13 @@ def test_lead_and_oracle():
     ],
 )
 def test_select_takes_the_best_in_the_order_of_the_article(options, expected):
-    assert select([0.2, 0.6, 0.2, 0.5, 0.9], **options) == expected
+    assert selected_sentences([0.2, 0.6, 0.2, 0.5, 0.9], **options) == expected
 
 
 @pytest.mark.parametrize("beta", [[[0.1]], [0.5, np.nan], [1.2], [-0.1]])
 def test_a_score_that_is_no_probability_is_refused(beta):
     with pytest.raises(ValueError, match=r"one number in \[0, 1\] per sentence"):
-        select(beta)
+        selected_sentences(beta)
 
 
 def recall_of(table, rule, metric="R1"):

@@ -13,7 +13,7 @@ from analysis import __main__ as cli
 from analysis import results
 from analysis.summarization import news, report, systems, train
 from analysis.summarization.data import Document, collate
-from analysis.summarization.model import Unified, select
+from analysis.summarization.model import Unified, keep_sentences
 from tests.support.notebooks import FIGURE, TABLE, draw, run
 
 CONFIG = train.CONFIGS["smoke"]
@@ -91,7 +91,7 @@ def test_every_document_once_an_epoch_and_the_same_after_a_resumption(known):
 def test_gold_documents_are_what_a_perfect_extractor_leaves(known):
     documents, vocabulary = known.train[:4], known.vocabulary
     whole = collate(documents, vocabulary)
-    one = select(whole, whole.labels.bool(), len(vocabulary))
+    one = keep_sentences(whole, whole.labels.bool(), len(vocabulary))
     two = collate([train.gold(d) for d in documents], vocabulary)
     assert torch.equal(one.words, two.words)
     assert torch.equal(one.target == 1, two.target == 1)  # what cannot be copied any more is UNK
@@ -150,7 +150,7 @@ def test_training_on_files(tmp_path):
     assert words == json.loads((tmp_path / "out" / "config.json").read_text())["sizes"]["vocabulary"] < 200
     systems.rows(systems.load("end-to-end-5", 0, tmp_path / "out"), news.documents("test", 2), beam=2, longest=20)
     with (
-        results.alone(tmp_path / "smoke" / "seed0" / "extractor"),
+        results.locked(tmp_path / "smoke" / "seed0" / "extractor"),
         pytest.raises(RuntimeError, match="another process"),
     ):
         train.train("smoke", (0,), **given, validation=str(tmp_path / "val.jsonl"))

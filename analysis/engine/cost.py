@@ -106,9 +106,10 @@ def cost_rows(
 ) -> pd.DataFrame:
     """One row per turn and cell, for `batch` images with their first expression.
 
-    Columns: the cell's; turn; tokens (mean visual tokens read); flops, cache_bytes (per prompt), peak_bytes of the prefill
-    beyond the weights (per batch), which are counted once; encode_s (tower and connector, the same for all), select_s
-    (selection, order, IDs and embeddings), prefill_s (decoder), all per batch. The first turn warms up and is left out.
+    Columns: the cell's; turn; tokens (mean visual tokens read); flops, cache_bytes (per prompt), peak_bytes of the
+    prefill beyond the weights (per batch), which are counted once; encode_s (tower and connector, the same for all),
+    select_s (selection, order, IDs and embeddings), prefill_s (decoder), all per batch. The first turn warms up and is
+    left out.
     Raises ValueError for fewer than two images or turns.
     """
     first = dataset.rows.drop_duplicates("image_id").head(batch)

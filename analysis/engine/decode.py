@@ -255,7 +255,7 @@ class Draft:
         self.runs = torch.tensor(runs, device=device)
 
     def ahead(self, place: Tensor) -> tuple[Tensor, Tensor]:
-        """What to try after the tokens at `place` [B]: tokens [B, T], and which of them are part of the draft [B, T]."""
+        """What to try after the tokens at `place` [B]: tokens [B, T], and which of them the draft has [B, T]."""
         steps = torch.arange(int(self.runs[place].max()), device=place.device)  # here a GPU waits for the host
         return self.tokens[place[:, None] + steps], steps < self.runs[place][:, None]
 

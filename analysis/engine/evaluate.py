@@ -463,7 +463,7 @@ def evaluate(
         () if "answer" in dataset.rows or isinstance(model, ByGenerate) else box_draft(model),
     )
     state = RunState(batch_size, chunk, draft)
-    with results.alone(out):
+    with results.locked(out):
         if (rows := results.finished(out, whole["fingerprint"])) is None:
             with tqdm(unit=" expressions", disable=not progress) as bar:
                 run = Run(

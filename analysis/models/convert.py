@@ -239,7 +239,7 @@ def minigpt_v2_weights(
     return whole
 
 
-def read(source: Path) -> dict:
+def read_weights(source: Path) -> dict:
     """The contents of a torch file, or the weights of a folder in Hugging Face form, safetensors where there are both.
 
     They stay on disk until used, but for torch files of before 2020. Raises FileNotFoundError for a folder without
@@ -251,7 +251,7 @@ def read(source: Path) -> dict:
         files = next(filter(None, (sorted(source.glob(pattern)) for pattern in FILES)), None)
         if files is None:
             raise FileNotFoundError(f"{source} holds no weights; it should have one of {', '.join(FILES)}")
-        return {name: weight for file in files for name, weight in tensors(read(file), file).items()}
+        return {name: weight for file in files for name, weight in tensors(read_weights(file), file).items()}
     try:
         if source.suffix == ".safetensors":
             return load_file(source)
@@ -352,7 +352,9 @@ def shikra(delta: Path, llama: Path, clip: Path, out: Path, dtype: str = "float1
         image_token_index=words["<im_patch>"],
         image_seq_length=(vision.image_size // vision.patch_size) ** 2,
     )
-    weights = shikra_weights(read(delta), read(llama), read(clip), config, getattr(torch, dtype))
+    weights = shikra_weights(
+        read_weights(delta), read_weights(llama), read_weights(clip), config, getattr(torch, dtype)
+    )
     write(out, ShikraForConditionalGeneration, config, weights, tokenizer)
 
 
@@ -363,7 +365,7 @@ def minigpt_v2(checkpoint: Path, eva: Path, llama: Path, out: Path, dtype: str =
     """
     refuse_full(out)
     text, tokenizer = read_config(LlamaConfig, llama, pad_token_id=None), read_tokenizer(llama)
-    held = read(checkpoint)
+    held = read_weights(checkpoint)
     # weights alone, or a training state, which has them at "model"
     own = _plain(tensors(held["model"] if isinstance(held, dict) and "model" in held else held, checkpoint))
     if not any(name.startswith("ln_vision.") for name in own):
@@ -378,7 +380,9 @@ def minigpt_v2(checkpoint: Path, eva: Path, llama: Path, out: Path, dtype: str =
         vision_feature_layer=-1,
         image_token_index=text.vocab_size,
     )
-    weights = minigpt_v2_weights(own, tensors(read(eva), eva), read(llama), config, getattr(torch, dtype))
+    weights = minigpt_v2_weights(
+        own, tensors(read_weights(eva), eva), read_weights(llama), config, getattr(torch, dtype)
+    )
     write(out, MiniGPTv2ForConditionalGeneration, config, weights, tokenizer)
 
 

@@ -4,7 +4,7 @@ Facts this file fixes, as in transformers: first the whole image, plainly resize
 resized and padded to the one of `image_grid_pinpoints` that suits it best, of which the padding's tokens are dropped
 and after each of whose rows a learned newline token follows. The prompt is Vicuna's as in LLaVA-1.5, or Mistral's.
 
-The whole image and the mosaic are pruned each by itself (`pruning.select`). Of the mosaic, patches, keys and [CLS]
+The whole image and the mosaic are pruned each by itself (`pruning.images`). Of the mosaic, patches, keys and [CLS]
 attention are its tiles' own; where a method needs one [CLS], it is the whole image's.
 
 In which frame the real checkpoints answer is documented nowhere: "frame" in config.json says it, "padded" is the

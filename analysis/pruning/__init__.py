@@ -1,7 +1,7 @@
 """Pruning methods: visual tokens -> one Selection per image. One flat file per method, named once, in `PRUNERS`.
 
 A method selects tokens and fixes the order it emits them in; IDs are given later, by `analysis.positions`. Its file has
-prune(visual, keep, *, seeds, **options), and where the method ranks single tokens also score(visual, *, seeds, **options).
+prune(visual, keep, *, seeds, **options), and where the method ranks single tokens score(visual, *, seeds, **options).
 
 A specification is name[:option=value[,option=value]], as in "trim:anchor=last"; the options of a method are the
 keywords of its `prune` that have defaults. "path/to/file.py:function[:options]" names a method outside this package.
@@ -86,7 +86,7 @@ class Method:
     def score(self) -> Callable[[VisualTokens, Sequence[int]], Tensor] | None:
         """The score [B, N] by which the method ranks tokens, (visual, seeds) -> higher is kept first.
 
-        None where it has none, or where an option is set that the score does not know: then more than the score decides.
+        None where it has none, or where an option is set that the score does not know: then more than it decides.
         """
         score = getattr(self._module(), "score", None) if self.function == "prune" else None
         if score is None or not self.options.keys() <= _options(score).keys():

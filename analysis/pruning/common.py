@@ -46,8 +46,8 @@ def ranking(scores: Tensor) -> Tensor:
 def top_k(score: Callable[..., Tensor], emit: str) -> Callable[..., list[Selection]]:
     """The `prune` of a method that is only a score: it keeps the k tokens that `score` ranks first.
 
-    score(visual, *, seeds, **options) -> [B, N], higher is kept first, ties go to the lower raster index. emit: "score",
-    best first, or "raster". The options are the score's; ValueError on a bad keep ratio.
+    score(visual, *, seeds, **options) -> [B, N], higher is kept first, ties go to the lower raster index. emit:
+    "score", best first, or "raster". The options are the score's; ValueError on a bad keep ratio.
     """
 
     @wraps(score)  # its keywords are the method's options

@@ -27,8 +27,8 @@ SPLITS = {
     "refstamps-control": ("val", "testA", "testB"),
     **{name: tuple(splits) for name, splits in refcoco.COUNTS.items()},
 }
-# Sets that are drawn: module and function, called with (name, split, limit). By name, for what draws a set may need more
-# than this package does, and reads this module.
+# Sets that are drawn: module and function, called with (name, split, limit). By name, for what draws a set may need
+# more than this package does, and reads this module.
 DRAWN = {
     **dict.fromkeys(("refstamps", "refstamps+", "refstampsg"), "analysis.refstamps.dataset:refstamps"),
     "refstamps-control": "analysis.refstamps.dataset:refstamps_control",
@@ -73,12 +73,12 @@ def _counted(rows: pd.DataFrame, dataset: str, split: str) -> pd.DataFrame:
 
 
 def annotations(dataset: str, split: str, path: str | Path, images: str | Path | None = None) -> pd.DataFrame:
-    """The rows of a RefCOCO split from a file or a folder in any form of `refcoco.read`, without its images.
+    """The rows of a RefCOCO split from a file or folder in any form of `refcoco.read_annotations`, without its images.
 
     images: folder of COCO train2014, only for a form that does not say how large the images are. A warning says where
     the rows are not as many as the split has. Raises FileNotFoundError where the folder has no file for this split.
     """
-    rows = refcoco.read(annotation_files(dataset, split, path), split, images=images)
+    rows = refcoco.read_annotations(annotation_files(dataset, split, path), split, images=images)
     return _counted(rows, dataset, split)
 
 
@@ -113,10 +113,10 @@ def _refcoco(
 ) -> RecDataset:
     if path is None:
         files = _downloaded([f"{owner}/{HUB[dataset]}" for owner in OWNERS], f"data/{split}-*.parquet")
-        rows = refcoco.read(files, split)
+        rows = refcoco.read_annotations(files, split)
         if split == "val" and dataset != "refcoco+":  # there, val holds 5000 objects of the Google split as well
             standard = _downloaded([f"jxu124/{HUB[dataset].lower()}"], "data/validation-*.parquet")
-            rows = refcoco.unc_val(rows, refcoco.read(standard, split))
+            rows = refcoco.unc_val(rows, refcoco.read_annotations(standard, split))
         rows = _counted(rows, dataset, split)
     else:
         files = annotation_files(dataset, split, path)

@@ -389,7 +389,7 @@ def _clipped(rows: pd.DataFrame) -> pd.DataFrame:
     return rows
 
 
-def read(
+def read_annotations(
     path: str | Path | Sequence[Path],
     split: str | None = None,
     instances: str | Path | None = None,

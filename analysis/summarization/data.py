@@ -259,7 +259,7 @@ def _documents(files: Sequence[Path], skip_empty: bool) -> Iterator[Document]:
         warnings.warn(f"{skipped} documents without an article or an abstract are left out", stacklevel=2)
 
 
-def read(path: str | Path, skip_empty: bool = False) -> Iterator[Document]:
+def read_documents(path: str | Path, skip_empty: bool = False) -> Iterator[Document]:
     """The documents of a file, or of all that fit a pattern such as chunked/train_*.bin, one after the other.
 
     .bin: chunks of See et al. or Hsu et al. (these with labels). .jsonl: an object a line, with article_sents and

@@ -117,7 +117,7 @@ def chosen(beta: Tensor, sentences: Tensor, at_least: int = 1) -> Tensor:
     return there & ((beta > 0.5) | (rank < at_least))
 
 
-def select(batch: Batch, keep: Tensor, vocabulary: int) -> Batch:
+def keep_sentences(batch: Batch, keep: Tensor, vocabulary: int) -> Batch:
     """The batch with the words of the sentences keep [B, N] bool only, closed up; sentences keep their numbers.
 
     vocabulary: V. A target outside the vocabulary that cannot be copied any more becomes UNK. Raises ValueError where
@@ -351,7 +351,7 @@ class Unified(nn.Module):
             )
         logits, beta = self.extractor(batch)
         if system == "two-stage":
-            batch = select(batch, chosen(beta, batch.sentences), self.sizes.vocabulary)
+            batch = keep_sentences(batch, chosen(beta, batch.sentences), self.sizes.vocabulary)
         return Reading(logits, beta, batch, of_words(beta, batch.sentence) if system == "end-to-end" else None)
 
     def forward(self, batch: Batch, system: str = "end-to-end", coverage: bool = True) -> Output:

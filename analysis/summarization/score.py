@@ -81,7 +81,7 @@ def oracle(document: Document) -> list[list[str]]:
     return [words for words, label in zip(document.article, document.labels) if label]
 
 
-def select(beta: ArrayLike, threshold: float = 0.5, floor: int = 0, budget: int | None = None) -> list[int]:
+def selected_sentences(beta: ArrayLike, threshold: float = 0.5, floor: int = 0, budget: int | None = None) -> list[int]:
     """Sentences to extract by their scores beta [N], in the order of the article.
 
     Those above the threshold, but at least `floor` of them; with a budget, exactly so many, whatever their score. The
@@ -112,9 +112,9 @@ def extractor_recall(
         raise ValueError(f"document {wrong[0].id!r} has {len(wrong[0].article)} sentences, but more betas")
     budgets = [len(oracle(document)) for document in documents] if budgets is None else budgets
     chosen = {
-        "beta > 0.5": [select(beta) for beta in betas],
-        "at least 5": [select(beta, floor=5) for beta in betas],
-        "matched": [select(beta, budget=budget) for beta, budget in zip(betas, budgets)],
+        "beta > 0.5": [selected_sentences(beta) for beta in betas],
+        "at least 5": [selected_sentences(beta, floor=5) for beta in betas],
+        "matched": [selected_sentences(beta, budget=budget) for beta, budget in zip(betas, budgets)],
     }
     tables = []
     for rule, kept in chosen.items():

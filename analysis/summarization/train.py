@@ -145,9 +145,9 @@ class Corpus(NamedTuple):
 
 
 def corpus(config: Config, train: str | None = None, validation: str | None = None) -> Corpus:
-    """Documents with labels and their vocabulary; generated news, or files as for `data.read`.
+    """Documents with labels and their vocabulary; generated news, or files as for `data.read_documents`.
 
-    Documents without a labelled sentence are left out. Raises ValueError where none is left, and what `data.read`
+    Documents without a labelled sentence are left out. Raises ValueError where none is left, and what `read_documents`
     raises.
     """
     if train is None:
@@ -155,7 +155,7 @@ def corpus(config: Config, train: str | None = None, validation: str | None = No
     else:
         if validation is None:
             raise ValueError("training on files needs a validation set too: give --validation as well as --data")
-        found = [list(data.read(path, skip_empty=True)) for path in (train, validation)]
+        found = [list(data.read_documents(path, skip_empty=True)) for path in (train, validation)]
         found[1] = found[1][: config.validation]
         found = [docs if all(d.labels is not None for d in docs) else data.labelled(docs) for docs in found]
         found = [[d for d in docs if any(d.labels)] for docs in found]
@@ -524,7 +524,7 @@ def train(
     for seed in seeds:
         folder = runs / config / f"seed{seed}"
         for stage in stages:
-            with results.alone(folder / stage):
+            with results.locked(folder / stage):
                 train_stage(stage, chosen, known, seed, folder, on_device, precision)
             logs.append(pd.read_csv(folder / stage / "log.csv"))
     if out is not None:
