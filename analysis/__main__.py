@@ -1,4 +1,4 @@
-"""The command line: python -m analysis ask | run | resume | status | doctor | summarize
+"""The command line: python -m analysis ask | compare | run | resume | status | doctor | summarize
 
 `run` executes a producer notebook with papermill, as `make paper` does; the executed notebook beside the rows is the
 log. Exit codes: 0 all is well, 1 something failed or is not as it should be, 2 wrong usage.
@@ -206,6 +206,14 @@ def _split(values: list[str]) -> list[str]:
     return [part for value in values for part in value.split(",") if part]
 
 
+def _shares(values: list[str]) -> list[float | None]:
+    """Keep ratios; none: the method's own rule. Raises ValueError for what is neither."""
+    try:
+        return [None if part == "none" else float(part) for part in _split(values)]
+    except ValueError as error:
+        raise ValueError(f"--keep takes shares such as 0.25, or none for a method's own rule: {error}") from error
+
+
 def ask(args: argparse.Namespace) -> int:
     """Say where in a picture an expression is, unpruned and under every setting given, and draw it. Needs no ground
     truth. Without --out, a picture is never overwritten."""
@@ -217,8 +225,7 @@ def ask(args: argparse.Namespace) -> int:
 
     try:
         asked = asking.pairs(args.asked)
-        keep = [None if part == "none" else float(part) for part in _split(args.keep)]
-        grid = cells("none") + cells(args.pruner, keep, args.order, _split(args.ids), args.seed)
+        grid = cells("none") + cells(args.pruner, _shares(args.keep), args.order, _split(args.ids), args.seed)
         model = models.load(args.model)
     except (OSError, ValueError, MemoryError) as error:
         print(error, file=sys.stderr)
@@ -250,6 +257,29 @@ def ask(args: argparse.Namespace) -> int:
         return 1
     print(f"drawn: {out}")
     return int(failed > 0)
+
+
+def compare(args: argparse.Namespace) -> int:
+    """Compare pruning methods, one's own (file.py:function) among them: rows, paired differences with intervals and
+    tests, and a figure, in a folder of its own."""
+    from analysis import compare as comparing
+    from analysis import models
+    from analysis.engine.evaluate import cells
+    from analysis.rec import datasets
+
+    try:
+        keep, ids = _shares(args.keep), _split(args.ids)
+        cells(args.pruner, keep, ids=ids, seeds=args.seed)  # what is misspelt is said before a model is loaded
+        where = dict(annotations=args.annotations, images=args.images)
+        data = datasets.load(args.dataset, args.split, args.limit, **where)
+        model = models.load(args.model)
+        options = dict(keep=keep, ids=ids, seed=args.seed, batch_size=args.batch_size)
+        out = comparing.compare(model, data, args.pruner, args.out, **options)
+    except (OSError, ValueError, RuntimeError, MemoryError, ModuleNotFoundError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(f"\nall of it is in {out}")
+    return 0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -286,6 +316,19 @@ def main(argv: list[str] | None = None) -> int:
     asked.add_argument("--ids", nargs="+", default=["original,compact"], help="position IDs; default: original,compact")
     asked.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     asked.add_argument("--out", type=Path, help="the drawing; default: boxes.png, or the next free boxes-2.png")
+    compared = command("compare", compare)
+    compared.add_argument("pruner", nargs="+", help="methods: names, or file.py:function; the first against the others")
+    compared.add_argument("--model", default="tiny-llava", help="as in python -m analysis.models; default: %(default)s")
+    compared.add_argument("--keep", nargs="+", default=["0.5", "0.25"], help="shares of tokens kept; default: 0.5 0.25")
+    compared.add_argument("--ids", nargs="+", default=["compact,original"], help="default: compact,original")
+    compared.add_argument("--dataset", default="refstamps", help="default: %(default)s")
+    compared.add_argument("--split", default="val", help="default: %(default)s")
+    compared.add_argument("--limit", type=int, default=100, help="images; default: %(default)s")
+    compared.add_argument("--annotations", help="of RefCOCO: a file or folder; default: downloaded")
+    compared.add_argument("--images", help="of RefCOCO: folder of COCO train2014")
+    compared.add_argument("--batch-size", type=int, default=32, help="default: %(default)s")
+    compared.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    compared.add_argument("--out", type=Path, help="a folder; default: compare_<methods>_<data>")
     texts = command("summarize", summarize)
     texts.add_argument("article", type=Path, help="a text file")
     texts.add_argument(

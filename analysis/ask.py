@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+WIDTH = 7.0  # inches of the drawing, unless it has many panels
 LONGEST = 1200  # pixels of a picture's longer side in the drawing
 MARGIN = 0.06  # around a picture in the drawing, as a share of its longer side
 
@@ -230,7 +231,7 @@ def draw(found: Sequence[tuple[Path, str, Sequence[Answer]]], title: str = "") -
             panels.setdefault((answer.cell.pruner, answer.cell.keep, answer.cell.order), []).append(answer)
         rows.append((path, expression, list(panels.values())))
     columns = max(len(panels) for *_, panels in rows)
-    side = max(2.4, style.WIDTH / columns)
+    side = max(2.4, WIDTH / columns)
     tall = [side * panels[0][0].shown.shape[0] / panels[0][0].shown.shape[1] + 0.4 for *_, panels in rows]
     fig, axes = plt.subplots(
         len(rows),
