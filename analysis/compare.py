@@ -17,6 +17,7 @@ import pandas as pd
 from analysis import results
 from analysis.engine.evaluate import RecDataset, cells, evaluate
 from analysis.models import Model
+from analysis.pruning import pruner as find_pruner
 from analysis.rec.scoring import one_setting, percent, score, summarise
 from analysis.registry import matching
 from analysis.stats import fdr, gap_pairs, paired_cells, retained
@@ -53,7 +54,7 @@ def rows(
 
 
 def accuracies(scored: pd.DataFrame) -> pd.DataFrame:
-    """A row for each cell: `scoring.summarise`, and retention, the share of the unpruned accuracy, with low and high."""
+    """A row for each cell: `scoring.summarise`, and the retention of the unpruned accuracy with its interval."""
     on = ["image_id", "ref_id", "sent_id"]
     full = matching(scored, {"pruner": "none"}).set_index(on)["correct"]
     table = summarise(scored, CELL)
@@ -112,8 +113,8 @@ def draw(table: pd.DataFrame, setting: str) -> Figure:
             spread = [here["accuracy"] - here["low"], here["high"] - here["accuracy"]]
             label = style.LABELS.get(kind, f"{kind} IDs")
             ax.errorbar(here["token_share"], here["accuracy"], spread, label=label, ms=3.5, capsize=1.5, lw=1, **look)
-        ax.set_title(pruner, fontsize=7)
-    axes[0, 0].set(ylim=(0, 100), xlim=(0, None))
+        ax.set_title(find_pruner(pruner).label, fontsize=7)
+    axes[0, 0].set(ylim=(0, 100), xlim=(0, 5 + table.loc[table["pruner"] != "none", "token_share"].max()))
     fig.supylabel("Acc@0.5 (%)", fontsize=8)
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=1 + len(looks))
     fig.supxlabel(f"visual tokens read by the decoder (%, measured)\n{setting}; 95 % intervals, by image", fontsize=7)
@@ -133,7 +134,7 @@ def compare(model: Model, dataset: RecDataset, pruners: Sequence[str], out: Path
     scored = rows(model, dataset, pruners, out, **options)
     table, setting = accuracies(scored), one_setting(scored)
     shares = ["accuracy", "low", "high", "retention", "token_share", "invalid"]
-    shown = percent(table, shares)[[*CELL, *shares, "n"]].round(1).to_string(index=False)
+    shown = percent(table, shares)[[*CELL, *shares, "n"]].round(dict.fromkeys(shares, 1)).to_string(index=False)
     print(f"\n{setting}; per cent, 95 % intervals clustered by image\n{shown}")
     table.to_csv(out / "accuracies.csv", index=False, float_format="%.6g")
     if len(pairs := differences(scored)):

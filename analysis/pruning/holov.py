@@ -50,7 +50,7 @@ def _crop_scores(tokens: Tensor, attention: Tensor, lengths: Sequence[int]) -> T
 
 def _quotas(scores: Tensor, k: int, lengths: Sequence[int]) -> list[int]:
     """How many of k tokens each crop of one image gets; scores: [crops]."""
-    scores = scores.clamp(min=0)
+    scores = scores.nan_to_num(0, posinf=0, neginf=0).clamp(min=0)  # features that are no numbers say nothing
     given = (scores / (scores.sum() + EPSILON) * k).floor().long().tolist()
     best = ranking(scores[None])[0].tolist()
     for crop in best[: max(0, k - sum(given))]:
