@@ -164,7 +164,7 @@ class Cell:
 
     pruner: a specification for `pruning.pruner`, such as "trim" or "trim:anchor=last"; keep: share of the visual tokens
     that the decoder still reads, None where the method decides itself;
-    order, ids: specifications for `positions` such as "method", "shuffled:0.5", "original", "compressed:0.75";
+    order, ids: specifications for `positions` such as "method", "shuffled:0.5", "original", "original@compact+cache";
     seed: of everything random in this cell.
     """
 

@@ -189,6 +189,12 @@ def test_bad_runs_stop_before_any_work(tiny, tmp_path):
         ([], Untouched(), {}, "no cells"),
         (GRID, Untouched(images=0), {}, "no expressions"),
         ([Cell("spatial")], Untouched(), {}, "pruner 'spatial' cannot run on random-llava with keep None"),
+        (
+            [Cell(ids="shuffled_rows")],
+            Untouched(),
+            {},
+            "IDs 'shuffled_rows' cannot be given on random-llava: only IDs in",
+        ),
         (GRID, Twice(), {}, "repeats 15 expressions"),
         (GRID, Outside(), {}, "outside their image"),
         (GRID, Untouched(), {"batch_size": 0}, "batch_size must be >= 1"),
@@ -196,6 +202,17 @@ def test_bad_runs_stop_before_any_work(tiny, tmp_path):
         with pytest.raises(ValueError, match=message):
             run(tiny, tmp_path / "rows", grid, data, **options)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_ids_of_generated_tokens_reach_the_model(tiny, tmp_path):
+    """The first token is the prefill's; the others depend on where they stand, unless nothing was pruned."""
+    ids = ["original", "original+cache", "original+original"]
+    rows = run(tiny, tmp_path / "pruned.parquet", cells("random", 0.25, ids=ids))
+    said = {name: table["raw"].tolist() for name, table in rows.groupby("ids")}
+    assert said["original"] == said["original+original"] != said["original+cache"]
+    whole = run(tiny, tmp_path / "whole.parquet", cells("none", ids=ids))
+    assert whole.groupby("ids")["raw"].apply(tuple).nunique() == 1
+    assert len(set(said["original"])) > 3
 
 
 def test_each_image_draws_its_own_seed(tiny, tmp_path, monkeypatch):
