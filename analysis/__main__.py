@@ -1,4 +1,4 @@
-"""The command line: python -m analysis ask | compare | run | resume | status | doctor | summarize
+"""The command line: python -m analysis ask | compare | run | resume | status | clean | doctor | summarize
 
 `run` executes a producer notebook with papermill, as `make paper` does; the executed notebook beside the rows is the
 log. Exit codes: 0 all is well, 1 something failed or is not as it should be, 2 wrong usage.
@@ -7,6 +7,7 @@ log. Exit codes: 0 all is well, 1 something failed or is not as it should be, 2 
 from __future__ import annotations
 
 import argparse
+import json
 import platform
 import shutil
 import sys
@@ -20,7 +21,7 @@ import yaml
 from packaging.requirements import Requirement
 from PIL import Image
 
-from analysis import IN_CLONE, ROOT, results
+from analysis import IN_CLONE, ROOT, keys, results
 
 RUNS = ROOT / "papermill_runs"
 PRODUCERS = (
@@ -70,13 +71,23 @@ def run(args: argparse.Namespace) -> int:
             print(f"{folder} has no {args.key}.yaml; it has: {', '.join(sorted(known)) or 'none'}", file=sys.stderr)
             return 2
         given = yaml.safe_load(known[args.key].read_text()) | {"out": str(folder / f"{args.key}.parquet")}
+    names = [name for name, _ in args.parameter]
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        print(f"{', '.join(repeated)} is given more than once; give a list: -p {repeated[0]} '[a, b]'", file=sys.stderr)
+        return 2
     given |= {name: yaml.safe_load(value) for name, value in args.parameter}
     name = Path(given["out"]).stem if isinstance(given.get("out"), str) else "latest"
     return _execute(args.notebook, folder / f"{name}.ipynb", given)
 
 
+def _out(parts: Path) -> Path:
+    """The file that the parts of a folder are of."""
+    return parts.with_name(parts.name.removesuffix(".parts"))
+
+
 def _unfinished() -> list[Path]:
-    return sorted(RUNS.glob("*/*.parts"))
+    """Folders of parts whose file is not there; where it is, they are of other keys, or of rows that have failed."""
+    return [parts for parts in sorted(RUNS.rglob("*.parts")) if not _out(parts).exists()]
 
 
 def resume(args: argparse.Namespace) -> int:
@@ -99,30 +110,66 @@ def resume(args: argparse.Namespace) -> int:
 
 
 def status(args: argparse.Namespace) -> int:
-    """List the rows that are there, and what is unfinished."""
+    """List the rows that are there, whether they are of this code and these models, and what is unfinished."""
     found = []
-    for path in sorted(RUNS.glob("*/*.parquet")):
+    for path in sorted(RUNS.rglob("*.parquet")):
+        if path.parent.suffix == ".parts":
+            continue
         try:
-            rows = results.read_rows(path)
+            rows, changed = results.read_rows(path), keys.outdated(results.provenance(path))
         except ValueError as error:
             found.append(dict(file=path.relative_to(RUNS), state=str(error)))
             continue
-        about = dict(
-            file=path.relative_to(RUNS), state="whole", rows=len(rows), model=", ".join(rows["model"].unique())
-        )
+        state = f"whole, but made under another key: {'; '.join(changed)}" if changed else "whole"
+        about = dict(file=path.relative_to(RUNS), state=state, rows=len(rows), model=", ".join(rows["model"].unique()))
         if "error" in rows:
             about |= dict(images=rows["image_id"].nunique(), failed=(rows["error"] != "").sum())
         found.append(about)
-    found += [
-        dict(file=path.relative_to(RUNS), state=f"unfinished, {len(list(path.glob('*.parquet')))} parts")
-        for path in _unfinished()
-    ]
+    unfinished = _unfinished()
+    for path in sorted(RUNS.rglob("*.parts")):
+        count = len(list(path.glob("*.parquet")))
+        what = "unfinished" if path in unfinished else "whole; beside it"
+        found.append(dict(file=path.relative_to(RUNS), state=f"{what}, {count} parts"))
     print(
-        pd.DataFrame(found).astype(object).fillna("").to_string(index=False)
+        pd.DataFrame(found, dtype=object).fillna("").to_string(index=False)
         if found
         else f"no rows in {RUNS}; make paper writes them"
     )
-    return int(any(about["state"] != "whole" for about in found))
+    return int(any(not about["state"].startswith("whole") for about in found))
+
+
+def clean(args: argparse.Namespace) -> int:
+    """List the parts of runs that were not finished, or of other keys than their file's, and remove them on a yes."""
+    folders = sorted(RUNS.rglob("*.parts"))
+    if not folders:
+        print(f"no parts in {RUNS}")
+    for folder in folders:
+        parts = sorted(folder.glob("*.parquet"))
+        size = sum(part.stat().st_size for part in parts) / 1e6
+        runs: dict[str, int] = {}
+        for part in parts:
+            try:
+                of = json.dumps(results.provenance(part).get("of", "a run of an earlier version"))
+            except (ValueError, FileNotFoundError):
+                of = "damaged"
+            runs[of] = runs.get(of, 0) + 1
+        state = "beside its whole file" if _out(folder).exists() else "UNFINISHED: the run would go on from them"
+        print(f"{folder.relative_to(RUNS)}: {len(parts)} parts, {size:.1f} MB, {state}")
+        for of, many in runs.items():
+            print(f"  {many} of {of}")
+        if not args.yes and input("remove them? [y/N] ").strip().lower() not in ("y", "yes"):
+            print("  kept")
+            continue
+        try:
+            with results.locked(_out(folder), wait=0):
+                for part in parts:
+                    part.unlink(missing_ok=True)
+                if not any(folder.iterdir()):
+                    folder.rmdir()
+            print("  removed")
+        except RuntimeError as error:
+            print(f"  kept: {error}")
+    return 0
 
 
 def doctor(args: argparse.Namespace) -> int:
@@ -170,6 +217,21 @@ def doctor(args: argparse.Namespace) -> int:
         check("RefStamps", len(datasets.load("refstamps", "val", 1).rows) > 0, "drawn")
     except (OSError, ValueError) as error:
         check("RefStamps", False, str(error), "git checkout -- analysis/refstamps/stamps")
+    files, old = sorted(RUNS.glob("*/*.parquet")), {}
+    for file in files:
+        try:
+            changed = keys.outdated(results.provenance(file))
+        except ValueError as error:
+            changed = [str(error)]
+        if changed:
+            old[file.name] = "; ".join(changed)
+    check(
+        "rows",
+        not old,
+        f"{len(files)} files, {len(old)} of them made under another key than the present one"
+        + "".join(f"\n        {name}: {why}" for name, why in list(old.items())[:3]),
+        "make paper makes those of the paper anew; python -m analysis status lists them all",
+    )
     print("all is well" if not wrong else f"{wrong} things are wrong")
     return int(wrong > 0)
 
@@ -329,6 +391,8 @@ def main(argv: list[str] | None = None) -> int:
     compared.add_argument("--batch-size", type=int, default=32, help="default: %(default)s")
     compared.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     compared.add_argument("--out", type=Path, help="a folder; default: compare_<methods>_<data>")
+    cleaned = command("clean", clean)
+    cleaned.add_argument("--yes", action="store_true", help="remove all of them without asking")
     texts = command("summarize", summarize)
     texts.add_argument("article", type=Path, help="a text file")
     texts.add_argument(

@@ -17,7 +17,7 @@ import re
 import subprocess
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,8 @@ AFTERWARDS = frozenset(
     for name in ("results", "keys", "params", "registry", "stats", "style", "published", "rec.scoring")
 )
 ENTRY = re.compile(r"analysis(\.\w+)+:\w+")
+# The way by transformers' generate, which the engine takes for models of that kind only.
+BY_GENERATE = frozenset({"analysis.models.by_generate", "analysis.hf"})
 # Files of a model's folder that are read when it is loaded; cards and training logs are not.
 MODEL_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
 
@@ -101,8 +103,9 @@ def _read(file: Path) -> tuple[str, tuple[str, ...]]:
     return normalised(text, definitions=package), () if package else tuple(sorted(_imports(text)))
 
 
-def code(*roots: str, skip: Collection[str] = AFTERWARDS) -> dict[str, str]:
+def code(*roots: str, skip: Collection[str] = AFTERWARDS | BY_GENERATE) -> dict[str, str]:
     """{module: digest} of modules of this project and of all that they import, without those to `skip`."""
+    skip = AFTERWARDS if BY_GENERATE & set(roots) else skip
     found, todo = {}, list(roots)
     while todo:
         module = todo.pop()
@@ -115,30 +118,48 @@ def code(*roots: str, skip: Collection[str] = AFTERWARDS) -> dict[str, str]:
 
 
 def pruner(spec: str, function: Callable | None = None) -> dict[str, Any]:
-    """What moves the selection of a pruner named by a specification: {module: digest} and how its registry binds it.
+    """What moves the selection of a pruner named by a specification: {module or file: digest}, and options bound to it.
 
-    function: the method itself, where it is at hand; it counts before its name, so that one that is registered at run
-    time or comes from a file of the user's has its own source in the key. Without it the file is found by the name.
+    function: the method itself, where it is at hand: one that is registered at run time, or comes from a file of the
+    user's, has its own source in the key. Without it the file is found by the name.
     """
     name = spec.partition(":")[0]
     if function is not None:
-        bound = []
-        while isinstance(function, partial):
-            bound.append([repr(function.args), repr(sorted(function.keywords.items()))])
-            function = function.func
-        module = inspect.getmodule(function)
-        if module is not None and _file(module.__name__) is not None:
-            return code(module.__name__) | ({"bound": fingerprint(bound)} if bound else {})
-        try:  # a file beside the project, or a notebook's cell
-            source = Path(inspect.getsourcefile(function)).read_text()
-        except (OSError, TypeError):
-            source = inspect.getsource(function)
-        return {name: normalised(source), "bound": fingerprint(bound)}
+        return _function(function)
     if _file(f"analysis.pruning.{name.rstrip('+')}") is not None:
         return code(f"analysis.pruning.{name.rstrip('+')}")
-    if Path(path := name.removesuffix(".py") + ".py").is_file():
-        return {path: normalised(Path(path).read_text())}
+    if (file := Path(name.removesuffix(".py") + ".py")).is_file():
+        return {file.name: normalised(file.read_text())}
     return code(*(f"analysis.pruning.{file.stem}" for file in sorted((HOME / "analysis/pruning").glob("*.py"))))
+
+
+def _function(function: Any) -> dict[str, Any]:
+    """The source of a function, of what it is made of (partial, wrapped, closed over), and the values bound to it."""
+    found: dict[str, Any] = {}
+    if isinstance(function, partial):
+        inside = [function.func, *function.args, *function.keywords.values()]
+        bound = [
+            *map(repr, filter(lambda one: not callable(one), function.args)),
+            repr(sorted((name, value) for name, value in function.keywords.items() if not callable(value))),
+        ]
+    elif hasattr(function, "prune") and hasattr(function, "options"):  # an entry of the registry
+        inside, bound = [function.prune], [repr(sorted(function.options.items()))] if function.options else []
+    else:
+        inside = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+        bound, module = [], getattr(function, "__module__", "")
+        if _file(module) is not None:
+            found |= code(module)
+        else:
+            try:  # a file of the user's, or a notebook's cell
+                file = Path(inspect.getsourcefile(function))
+                name, source = file.name, file.read_text()
+            except (OSError, TypeError):
+                name, source = function.__qualname__, inspect.getsource(function)
+            found |= {name: normalised(source)} | code(*_imports(source))
+    for one in inside:
+        if inspect.isfunction(one) or isinstance(one, partial) or hasattr(one, "prune"):
+            found |= _function(one)
+    return found | ({"bound": fingerprint([found.get("bound"), bound])} if bound else {})
 
 
 # The source of every module as it was when this process began: what runs is that, whatever an editor has saved since.
@@ -159,19 +180,25 @@ def check_unchanged(modules: Iterable[str]) -> None:
 # ---------------------------------------------------------------------------------------------------- files
 
 
-def _content(file: Path) -> str:
+@lru_cache(maxsize=4096)
+def _hashed(file: Path, size: int, changed: int) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def content(file: Path) -> str:
     """A file's SHA-256; of the Hugging Face cache the name of the blob, which for large files is just that."""
     target = file.resolve()
     if target.parent.name == "blobs" and len(target.name) == 64:
         return target.name
-    with target.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+    about = target.stat()
+    return _hashed(target, about.st_size, about.st_mtime_ns)
 
 
 def folder(path: str | Path, patterns: Iterable[str] = MODEL_FILES) -> dict[str, str]:
     """{file name: 16 hex digits of its content} of a model's folder without its cards and logs; {} where none is."""
     files = {file for pattern in patterns for file in Path(path).glob(pattern) if file.is_file()}
-    return {file.name: _content(file)[:16] for file in sorted(files)}
+    return {file.name: content(file)[:16] for file in sorted(files)}
 
 
 def environment() -> dict[str, Any]:
@@ -197,6 +224,73 @@ def versions() -> dict[str, str]:
     return {
         "python": ".".join(platform.python_version_tuple()[:2]),
         **{name: version(name).partition("+")[0] for name in names},  # the device says which build it was
+    }
+
+
+def pictures(dataset: Any, image_ids: Iterable[Any]) -> list[str]:
+    """A digest of each picture of a data set: its `digest(image_id)` where it has one, otherwise of the pixels.
+
+    One that cannot be read now is "unreadable": its rows will say why, and are tried anew the next time.
+    """
+    digest, found = getattr(dataset, "digest", None), []
+    for image_id in image_ids:
+        try:
+            if digest is not None:
+                found.append(str(digest(image_id)))
+            else:
+                image = dataset.image(image_id)
+                found.append(fingerprint([image.mode, image.size, hashlib.sha256(image.tobytes()).hexdigest()]))
+        except Exception:  # whatever a decoder raises; evaluation raises it again, and keeps what it says
+            found.append("unreadable")
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------- models
+
+
+def adapter(model: Any) -> dict[str, Any]:
+    """The settings of a model that are plain values, of it and its class: prompts, frame, dialect, layer, mean ..."""
+    found: dict[str, Any] = {}
+    for owner in (*reversed(type(model).__mro__), model):
+        found |= {
+            name: value
+            for name, value in vars(owner).items()
+            if not name.startswith("_") and isinstance(value, str | int | float | tuple | None)
+        }
+    return json.loads(json.dumps({name: found[name] for name in sorted(found.keys() - {"name", "revision"})}))
+
+
+def model_facts(model: Any, device: str) -> dict[str, Any]:
+    """What of a loaded model can move its answers, and the code of the engine and of its family."""
+    import torch
+
+    return {
+        "model": model.name,
+        "revision": model.revision,
+        "files": model.files,
+        "adapter": adapter(model),
+        "prompt": model.prompt_text("{}"),
+        "dtype": str(model.dtype),
+        "device": device,
+        "kernels": {
+            "deterministic": torch.are_deterministic_algorithms_enabled(),
+            "precision": torch.get_float32_matmul_precision(),
+        },
+        "code": code(ENGINE, *(owner.__module__ for owner in type(model).__mro__ if owner is not object)),
+    }
+
+
+def given(model: Any, grid: Iterable[Any], root: str, **more: Any) -> dict[str, Any]:
+    """What moves rows that `root`, not `evaluate`, makes of a model in the cells of a grid."""
+    grid = list(grid)
+    return model_facts(model, str(model.device)) | {
+        "code": code(root, *(owner.__module__ for owner in type(model).__mro__ if owner is not object)),
+        "data_code": code("analysis.rec.datasets"),
+        "stamps": stamps(),
+        "cells": [cell.columns() for cell in grid],
+        "pruners": {spec: pruner(spec) for spec in sorted({cell.pruner for cell in grid})},
+        "clip": model.clip_files,
+        **more,
     }
 
 
@@ -271,7 +365,7 @@ def job(
     """
     cells = json.loads((ROOT / notebook).read_text())["cells"]
     texts = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-    used = code(*set().union(*map(_imports, texts)), skip=() if drawing else AFTERWARDS)
+    used = code(*set().union(*map(_imports, texts)), skip=BY_GENERATE if drawing else AFTERWARDS | BY_GENERATE)
     return fingerprint(
         {
             "notebook": [normalised(text) for text in texts],

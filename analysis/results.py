@@ -2,8 +2,9 @@
 
 A long evaluation collects parts in `<out>.parts/`, one small file per finished piece of work, and merges them at the
 end. Every file is written under a temporary name and renamed, so a kill at any moment leaves only whole files. A part
-carries the fingerprint of its run; one of another run, or a damaged one, counts as missing. A run may be dealt out to
-shards, on as many machines, each with a file of its own, which `merge_shards` makes into the file of the whole.
+is named by its key (`analysis.keys`), so parts of several runs lie side by side, and a run takes and removes only its
+own. Nothing that has another key is ever replaced. A run may be dealt out to shards, on as many machines, each with a
+file of its own, which `merge_shards` makes into the file of the whole.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ import fcntl
 import json
 import os
 import re
-import shutil
 import socket
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from itertools import groupby
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,7 +26,40 @@ import psutil
 import pyarrow as pa
 from pyarrow import parquet
 
+from analysis import keys
 from analysis.params import paths
+
+GROUP = 2**17  # rows that a file's reader and writer hold at a time
+
+
+def _write(path: Path, tables: Iterable[pa.Table], provenance: dict[str, Any]) -> None:
+    """Write tables of the same columns one after the other to a Parquet file in one step, in constant memory.
+
+    How the rows are dealt out to tables does not show in the file.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    written = json.dumps(provenance, sort_keys=True).encode()
+    torn, writer, waiting = path.with_name(f"{path.name}.{os.getpid()}.tmp"), None, []
+    try:
+        for table in tables:
+            if writer is None:
+                schema = table.schema.with_metadata({**(table.schema.metadata or {}), b"provenance": written})
+                writer = parquet.ParquetWriter(torn, schema, compression="zstd", write_page_checksum=True)
+            waiting.append(table.cast(schema.remove_metadata()).replace_schema_metadata(schema.metadata))
+            while sum(part.num_rows for part in waiting) >= GROUP:
+                whole = pa.concat_tables(waiting)
+                writer.write_table(whole.slice(0, GROUP).combine_chunks(), row_group_size=GROUP)
+                waiting = [whole.slice(GROUP)]
+        whole = pa.concat_tables(waiting).combine_chunks()
+        if whole.num_rows:
+            writer.write_table(whole, row_group_size=GROUP)
+        writer.close()
+        os.replace(torn, path)
+    finally:
+        if writer is not None and writer.is_open:
+            with suppress(OSError):
+                writer.close()
+        torn.unlink(missing_ok=True)
 
 
 def write_rows(path: str | Path, rows: pd.DataFrame, provenance: dict[str, Any]) -> None:
@@ -33,31 +67,36 @@ def write_rows(path: str | Path, rows: pd.DataFrame, provenance: dict[str, Any])
 
     The same rows and provenance give the same bytes: put no time and no host name into it.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    table = pa.Table.from_pandas(rows, preserve_index=False)
-    written = json.dumps(provenance, sort_keys=True).encode()
-    table = table.replace_schema_metadata({**table.schema.metadata, b"provenance": written})
-    torn = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    _write(Path(path), [pa.Table.from_pandas(rows, preserve_index=False)], provenance)
+
+
+MOST = 2**24  # rows of one file: a small damaged or hostile file can claim any number, and fill the memory
+
+
+def _opened(path: Path) -> tuple[parquet.ParquetFile, dict[str, Any]]:
+    """A file and its provenance; nothing of its rows is read. FileNotFoundError, or ValueError where it is not ours."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no rows at {path}; run the notebook that writes them")
     try:
-        parquet.write_table(table, torn, compression="zstd", write_page_checksum=True)
-        os.replace(torn, path)
-    finally:
-        torn.unlink(missing_ok=True)
+        file = parquet.ParquetFile(path, page_checksum_verification=True)
+        made = json.loads((file.schema_arrow.metadata or {}).get(b"provenance", b"null"))
+        rows = file.metadata.num_rows
+    except Exception as error:  # damage makes Arrow raise anything
+        raise ValueError(f"{path} is damaged ({error}); delete it and run its notebook again") from error
+    if not isinstance(made, dict):
+        raise ValueError(f"{path} has no provenance; only files that `write_rows` wrote are read")
+    if rows > MOST:
+        raise ValueError(f"{path} claims {rows:,} rows; no more than {MOST:,} are read from one file")
+    return file, made
 
 
 def _read(path: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Rows and provenance. FileNotFoundError, or ValueError where the file is torn, damaged or not ours."""
-    if not path.is_file():
-        raise FileNotFoundError(f"no rows at {path}; run the notebook that writes them")
+    file, made = _opened(path)
     try:
-        table = parquet.ParquetFile(path, page_checksum_verification=True).read()
-        rows, made = table.to_pandas(), json.loads((table.schema.metadata or {}).get(b"provenance", b"null"))
+        return file.read().to_pandas(), made
     except Exception as error:  # damage makes Arrow and pandas raise anything
         raise ValueError(f"{path} is damaged ({error}); delete it and run its notebook again") from error
-    if not isinstance(made, dict):
-        raise ValueError(f"{path} has no provenance; only files that `write_rows` wrote are read")
-    return rows, made
 
 
 def read_rows(paths: str | Path | Iterable[str | Path]) -> pd.DataFrame:
@@ -97,17 +136,62 @@ def answered(rows: pd.DataFrame | str | list[str]) -> pd.DataFrame:
 
 
 def provenance(path: str | Path) -> dict[str, Any]:
-    """How the rows of a file were made. Errors as for `read_rows`."""
-    return _read(Path(path))[1]
+    """How the rows of a file were made, without reading them. Errors as for `read_rows`."""
+    return _opened(Path(path))[1]
 
 
-def finished(path: Path, key: str) -> pd.DataFrame | None:
-    """The rows of a whole file whose provenance carries this fingerprint, otherwise None."""
+def finished(path: Path, key: str) -> int | None:
+    """How many rows of a part have failed; None where it is absent, damaged, or of another key."""
     try:
         rows, made = _read(path)
     except (FileNotFoundError, ValueError):
         return None
-    return rows if made.get("fingerprint") == key else None
+    return int((rows["error"] != "").sum()) if made.get("fingerprint") == key else None
+
+
+def made_before(out: Path, wanted: dict[str, Any]) -> bool:
+    """Whether `out` holds the rows of this key; False where they are still to be made.
+
+    wanted: the provenance that they would get. Rows of which some have failed are to be made anew from their parts.
+    Raises ValueError for a file of another key, which is never replaced: it says in what the two differ and what to do.
+    """
+    if not out.exists():
+        return False
+    made = provenance(out)
+    differ = keys.differences(made, wanted)
+    if not differ:
+        return not made.get("failed")
+    if made.get("failed") and [what.partition(" ")[0] for what in differ] == ["pictures"]:
+        return False  # those that could not be read can be now
+    raise ValueError(
+        f"{out} holds rows of another key, and nothing is replaced: they differ in {'; '.join(differ)}. Give another "
+        f"out, or move them away: mv {out} {out.with_name(out.stem + '_old' + out.suffix)}"
+    )
+
+
+def read_back(out: Path) -> pd.DataFrame:
+    """The rows of a file that was made before, and a line that says so."""
+    print(f"read back from {out}, nothing computed")
+    return read_rows(out)
+
+
+def once(outs: dict[str, Path], given: dict[str, Any], make: Callable[[], dict[str, pd.DataFrame]]) -> dict:
+    """Rows that are made in one piece, by kind, or read back where all have been made under the same key.
+
+    outs: {kind: file}; given: what moves them, to which versions and the commit are added; make: gives the rows of each
+    kind. Errors as for `made_before`, before anything is made.
+    """
+    wanted = keys.environment() | given
+    wanted["fingerprint"] = keys.fingerprint({name: wanted[name] for name in wanted.keys() - keys.NOT_KEY})
+    with ExitStack() as locks:
+        for out in outs.values():
+            locks.enter_context(locked(out))
+        if all([made_before(out, wanted) for out in outs.values()]):
+            return {kind: read_back(out) for kind, out in outs.items()}
+        found = make()
+        for kind, out in outs.items():
+            write_rows(out, found[kind], wanted)
+    return found
 
 
 def _holder(path: Path) -> tuple[str, int]:
@@ -189,15 +273,21 @@ def parts_folder(out: Path) -> Path:
 
 def merge(out: Path, parts: Iterable[Path], provenance: dict[str, Any]) -> pd.DataFrame:
     """Write the rows of the parts, in the order given, to `out`, and return them."""
-    rows = read_rows(parts)
-    write_rows(out, rows, provenance)
-    return rows
+    _write(out, (_opened(part)[0].read() for part in parts), provenance)
+    return read_rows(out)
 
 
-def remove_parts(out: Path) -> None:
-    """Remove the parts of a merged `out`, if there are any."""
-    if parts_folder(out).exists():
-        shutil.rmtree(parts_folder(out))
+def remove_parts(out: Path, parts: Iterable[Path]) -> None:
+    """Remove these parts of a merged `out`; those of other keys stay, and are told of."""
+    for part in parts:
+        part.unlink(missing_ok=True)
+    folder = parts_folder(out)
+    for torn in folder.glob("*.tmp"):
+        torn.unlink()
+    if left := len(list(folder.glob("*.parquet"))):
+        print(f"{left} parts of other keys stay in {folder}; python -m analysis clean lists and removes such parts")
+    elif folder.exists():
+        folder.rmdir()
 
 
 def parse_shard(shard: str) -> tuple[int, int]:
@@ -215,37 +305,89 @@ def shard_path(out: str | Path, shard: str) -> Path:
     return out if count == 1 else out.with_name(f"{out.stem}.{number}of{count}{out.suffix}")
 
 
-def merge_shards(out: str | Path, shards: Iterable[str | Path]) -> pd.DataFrame:
+def merge_shards(out: str | Path, shards: Iterable[str | Path]) -> None:
     """Write the rows of all shards of a run to `out`, the same file to the byte as the run in one piece writes.
 
     shards: their files, in any order. Rows are sorted by cell, in the order of the run's cells, then by the number of
     the shard, and are otherwise left in their order. Raises FileNotFoundError and ValueError as `read_rows` does, and
     ValueError where a file is no shard, where two are of different runs or the same shard, and where one is missing.
     """
-    paths = [Path(path) for path in shards]
+    paths, failed = [Path(path) for path in shards], 0
     if not paths:
         raise ValueError("no shards to merge; give the files of all of them")
-    tables, commits, dirty, whole, total = {}, set(), False, {}, 0
+    files, commits, dirty, whole, total = {}, set(), set(), {}, 0
     for path in paths:
-        rows, made = _read(path)
+        file, made = _opened(path)
         if "shard" not in made:
             raise ValueError(f"{path} is no shard, it holds the rows of a whole run")
         number, count = parse_shard(made.pop("shard"))
         made["fingerprint"] = made.pop("whole")
         commits.add(made.pop("commit"))  # does not make another run of it, as when a killed one is resumed
-        dirty |= made.pop("dirty") is not False
+        dirty.add(made.pop("dirty"))
+        failed += made.pop("failed")
         whole, total = whole or made, total or count
         differ = sorted(name for name in {*made, *whole} - {"fingerprint"} if made.get(name) != whole.get(name))
         differ += ["number of shards"] if count != total else []
         if differ:
             raise ValueError(f"{path} and {paths[0]} are of different runs: they differ in {', '.join(differ)}")
-        if number in tables:
+        if number in files:
             raise ValueError(f"{path} is shard {number}/{count}, which is there already; each shard counts once")
-        tables[number] = rows
-    if missing := [f"{number}/{total}" for number in range(1, total + 1) if number not in tables]:
+        files[number] = file
+    if missing := [f"{number}/{total}" for number in range(1, total + 1) if number not in files]:
         raise ValueError(f"shards {', '.join(missing)} are missing; {out} is written when all {total} are there")
-    rows = pd.concat([tables[number] for number in sorted(tables)], ignore_index=True)
-    cell = rows.groupby(list(whole["cells"][0]), dropna=False, sort=False).ngroup()  # in order of first appearance
-    rows = rows.iloc[cell.argsort(kind="stable")].reset_index(drop=True)
-    write_rows(out, rows, whole | {"commit": ", ".join(sorted(commits)), "dirty": dirty})
-    return rows
+    wanted = whole | {"commit": ", ".join(sorted(commits)), "failed": failed}
+    wanted["dirty"] = dirty.pop() if len(dirty) == 1 else True
+    if not made_before(Path(out), wanted):
+        _write(Path(out), _by_cell([files[number] for number in sorted(files)], whole["cells"]), wanted)
+    _claim(Path(out)).unlink(missing_ok=True)
+
+
+def _by_cell(shards: list[parquet.ParquetFile], cells: list[dict[str, Any]]) -> Iterator[pa.Table]:
+    """The rows of shards, each of which is in the order of the cells: cell by cell, and in each the shards in order."""
+    names = list(cells[0])
+    number = {tuple(cell[name] for name in names): place for place, cell in enumerate(cells)}
+
+    def runs(file: parquet.ParquetFile) -> Iterator[tuple[int, pa.Table]]:
+        for batch in file.iter_batches(batch_size=2**14):
+            table = pa.Table.from_batches([batch])
+            columns = [table[name].to_pylist() for name in names]
+            codes = [
+                number[tuple(None if value != value else value for value in cell)]
+                for cell in zip(*columns, strict=True)
+            ]
+            start = 0
+            for code, run in groupby(codes):
+                length = len(list(run))
+                yield code, table.slice(start, length)
+                start += length
+
+    open_runs = [runs(file) for file in shards]
+    heads = [next(run, None) for run in open_runs]
+    for place in range(len(cells)):
+        for shard, run in enumerate(open_runs):
+            while heads[shard] is not None and heads[shard][0] == place:
+                yield heads[shard][1]
+                heads[shard] = next(run, None)
+
+
+def _claim(out: Path) -> Path:
+    return out.with_name(f".{out.name}.shards")
+
+
+def claim(out: Path, wanted: dict[str, Any]) -> None:
+    """Say what the shards of `out` are made under; ValueError where others of them are being made under another key.
+
+    So a GPU of another kind, or other code, is refused before the work and not when the shards are merged.
+    """
+    path, facts = _claim(out), {name: value for name, value in wanted.items() if name not in keys.NOT_KEY}
+    begun = [*out.parent.glob(f"{out.stem}.*of*{out.suffix}"), *out.parent.glob(f"{out.stem}.*of*{out.suffix}.parts")]
+    there = json.loads(path.read_text()) if path.is_file() and begun else facts
+    if differ := keys.differences(there, facts):
+        raise ValueError(
+            f"the shards of {out} that have begun differ from this one in {'; '.join(differ)}, so they could not be "
+            f"merged. Run all of them alike; or, if those are not wanted any more, remove {path} and {out.stem}.*of*"
+        )
+    torn = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torn.write_text(json.dumps(facts, sort_keys=True))
+    os.replace(torn, path)

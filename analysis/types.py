@@ -145,17 +145,19 @@ def kept(features: Tensor, index: Tensor) -> list[Selection]:
 
 @dataclass(frozen=True)
 class RecDataset:
-    """One split; anything with these four can be evaluated.
+    """One split; anything with the first four of these can be evaluated.
 
     rows: one per expression, with image_id, ref_id (the object), sent_id, expression, width, height and the ground
     truth x1, y1, x2, y2 in pixels of the original image, or one per question, with task and the answer's words instead
-    of the box; image(image_id) gives the RGB picture.
+    of the box; image(image_id) gives the RGB picture; digest(image_id) a text that changes with the picture: without
+    it the pixels are read for their digest, which is part of a row's key.
     """
 
     name: str
     split: str
     rows: pd.DataFrame
     image: Callable[[Any], Image.Image]
+    digest: Callable[[Any], str] | None = None
 
 
 @dataclass(frozen=True)

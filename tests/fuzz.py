@@ -455,8 +455,8 @@ def image_column(data: bytes, folder: Path) -> None:
 
 def image_file(data: bytes, folder: Path) -> None:
     (folder / forms.WIDE).write_bytes(data)
-    image = refcoco.folder_images([forms.WIDE], folder)
-    as_model_takes(refcoco.rgb(image, Path(forms.WIDE).stem))
+    content = refcoco.folder_images([forms.WIDE], folder)
+    as_model_takes(refcoco.picture(content, refcoco.image_key(forms.WIDE)))
 
 
 def as_model_takes(image: Image.Image) -> None:

@@ -1,10 +1,11 @@
 """The command line: what it runs, what it says, and its exit codes."""
 
+import pandas as pd
 import pytest
 import yaml
 
 from analysis import __main__ as cli
-from analysis import results
+from analysis import keys, results
 
 
 @pytest.fixture
@@ -38,11 +39,41 @@ def test_a_run_its_status_and_what_is_left_of_a_killed_one(runs, capsys):
     assert cli.main(["resume"]) == 1 and "has no log other.ipynb" in capsys.readouterr().err
 
 
+def test_clean_lists_parts_and_removes_them_on_a_yes_only(runs, capsys, monkeypatch):
+    folder = results.parts_folder(runs / "few.parquet")
+    rows = pd.DataFrame({"model": ["m"], "error": [""]})
+    for name in "ab":
+        results.write_rows(folder / f"{name}.parquet", rows, {"fingerprint": name, "of": {"model": "m", "images": 9}})
+    monkeypatch.setattr("builtins.input", lambda _: "")
+    assert cli.main(["clean"]) == 0
+    said = capsys.readouterr().out
+    assert "few.parquet.parts: 2 parts" in said and '2 of {"images": 9, "model": "m"}' in said and "kept" in said
+    assert "UNFINISHED" in said and len(list(folder.iterdir())) == 2
+    with results.locked(runs / "few.parquet"):  # somebody works on it
+        assert cli.main(["clean", "--yes"]) == 0
+    assert "another process is working on" in capsys.readouterr().out and len(list(folder.iterdir())) == 2
+    monkeypatch.setattr("builtins.input", lambda _: "y")
+    assert cli.main(["clean"]) == 0 and not folder.exists()
+
+
+def test_status_says_what_is_older_than_the_code(runs, capsys):
+    made = keys.versions() | {"code": keys.code("analysis.positions"), "model": "m"}
+    rows = pd.DataFrame({"model": ["m"] * 3, "image_id": [1, 1, 2], "error": ["", "", "torn"]})
+    results.write_rows(runs / "new.parquet", rows, made)
+    results.write_rows(runs / "old.parquet", rows, made | {"code": made["code"] | {"analysis.positions": "0"}})
+    assert cli.main(["status"]) == 0
+    said = capsys.readouterr().out
+    assert "old.parquet whole, but made under another key: code of analysis.positions" in " ".join(said.split())
+    assert "50.0" not in said and [line.split()[-2:] for line in said.splitlines()[1:3]] == [["2", "1"]] * 2
+
+
 def test_wrong_usage(runs, capsys):
     assert cli.main(["run", "fewer"]) == 2
     assert "has no fewer.yaml; it has: few" in capsys.readouterr().err
     assert cli.main(["run", "few", "-p", "pruners", "none"]) == 1
     assert "unknown parameter 'pruners'; did you mean 'pruner'?" in capsys.readouterr().err
+    assert cli.main(["run", "few", "-p", "keep", "0.5", "-p", "keep", "0.25"]) == 2
+    assert "keep is given more than once; give a list" in capsys.readouterr().err
     for argv in ([], ["go"], ["run", "--notebook", "fig1_collapse"]):
         with pytest.raises(SystemExit) as stopped:
             cli.main(argv)

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 
-from analysis import models, results
+from analysis import keys, models, results
 from analysis.engine import evaluate as evaluation
 from analysis.engine.evaluate import cells, image_seed, needs_text
 from analysis.pruning import all_pruners, pruner, random
@@ -97,27 +97,115 @@ def test_sigkill_and_resume(whole, tiny, tiny_folder, tmp_path, monkeypatch):
     written, write_rows = [], results.write_rows
     monkeypatch.setattr(results, "write_rows", lambda path, *rest: (written.append(path), write_rows(path, *rest)))
     resumed = run(tiny, out)
-    assert not set(written) & kept and len(written) == 3 * len(GRID) - len(kept) + 1
+    assert not set(written) & kept and len(written) == 3 * len(GRID) - len(kept)
     assert set(done[:2]) <= set(written)
     pd.testing.assert_frame_equal(resumed, whole[0])
     assert out.read_bytes() == whole[1].read_bytes()
     assert not parts.exists()
 
 
-def test_a_finished_run_is_read_back_only_under_the_same_settings(tiny, tmp_path, monkeypatch):
+def test_a_finished_run_is_read_back_and_one_of_another_key_is_not_replaced(tiny, tmp_path, monkeypatch, capsys):
+    """A trial on the same file, before or after, costs neither rows nor parts of the other run."""
     out, answered = tmp_path / "rows.parquet", []
     text = models.Model.text
     monkeypatch.setattr(models.Model, "text", lambda self, tokens: (answered.append(1), text(self, tokens))[1])
     first = run(tiny, out, GRID[:2])
-    assert len(answered) == 30
+    assert len(answered) == 30 and "30 of them answered now" in capsys.readouterr().out
     pd.testing.assert_frame_equal(run(tiny, out, GRID[:2]), first)
-    assert len(answered) == 30
-    other = run(replace(tiny, revision="other"), out, GRID[:2])
-    assert len(answered) == 60 and set(other["revision"]) == {"other"}
-    results.write_rows(results.parts_folder(out) / "left.parquet", first, {})  # killed between merge and removal
-    run(replace(tiny, revision="other"), out, GRID[:2])
-    assert len(answered) == 60 and not results.parts_folder(out).exists()
-    assert len(run(tiny, out, GRID[:2], Noise(images=4))) == 24 and len(answered) == 84
+    assert len(answered) == 30 and "read back from" in capsys.readouterr().out
+    bytes_before = out.read_bytes()
+    for model, data, options, said in [
+        (replace(tiny, revision="other"), Noise(), {}, "revision"),
+        (replace(tiny, files={"config.json": "0"}), Noise(), {}, "files of config.json"),
+        (replace(tiny, mean=(0.1, 0.2, 0.3)), Noise(), {}, "adapter of mean"),
+        (tiny, Noise(images=4), {}, r"images \(5 there, 4 wanted\)"),
+        (tiny, Noise(images=5, version=2), {}, "pictures"),
+        (tiny, Noise(), {"batch_size": 2}, r"batch_size \(32 there, 2 wanted\)"),
+    ]:
+        with pytest.raises(ValueError, match=f"rows of another key, and nothing is replaced: .*{said}.*mv "):
+            run(model, out, GRID[:2], data, **options)
+    assert len(answered) == 30 and out.read_bytes() == bytes_before
+
+    results.write_rows(results.parts_folder(out) / "00000-other.parquet", first, {"fingerprint": "another run's"})
+    out.rename(tmp_path / "moved.parquet")
+    pd.testing.assert_frame_equal(run(tiny, out, GRID[:2]), first)
+    assert [path.name for path in results.parts_folder(out).iterdir()] == ["00000-other.parquet"]
+    assert "1 parts of other keys stay in" in capsys.readouterr().out
+
+
+def test_an_edited_pruner_gives_new_rows_and_keeps_the_parts_of_all_others(tiny, tmp_path, monkeypatch):
+    """As by README's "new pruner in ten minutes": edit it, run the same command. Comments change nothing."""
+    file = tmp_path / "mine.py"
+    grid, edit = [Cell(f"{file}:prune", 0.25), Cell("random", 0.25)], file.write_text
+    source = (
+        "import torch\nfrom analysis.types import kept\n\n\ndef prune(visual, keep, *, seeds=()):\n"
+        "    return kept(visual.features, torch.arange(4).expand(len(visual.features), 4))\n"
+    )
+    edit(source)
+    first = run(tiny, tmp_path / "rows.parquet", grid)
+    edit("# a comment\n" + source.replace("seeds=()):\n", 'seeds=()):\n    """A docstring."""\n\n'))
+    pd.testing.assert_frame_equal(run(tiny, tmp_path / "rows.parquet", grid), first)
+    edit(source.replace("arange(4)", "arange(12, 16)"))
+    with pytest.raises(ValueError, match="differ in pruners of .*mine.py:prune"):
+        run(tiny, tmp_path / "rows.parquet", grid)
+    second = run(tiny, tmp_path / "new.parquet", grid)
+    mine = first["pruner"] != "random"
+    assert (first["raw"] != second["raw"])[mine].any() and (first["raw"] == second["raw"])[~mine].all()
+
+    run(tiny, tmp_path / "{key}.parquet", grid)  # a name by the key: the same command after an edit writes a new file
+    edit(source)
+    run(tiny, tmp_path / "{key}.parquet", grid)
+    named = {path: results.read_rows(path) for path in tmp_path.glob("????????????????.parquet")}
+    assert len(named) == 2 and any(rows.equals(first) for rows in named.values())
+
+    # a killed run that goes on after the edit takes over only what the edit cannot move
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    edit(source)
+    with monkeypatch.context() as patch:
+        patch.setattr(results, "merge", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(tiny, tmp_path / "killed.parquet", grid)
+    edit(source.replace("arange(4)", "arange(12, 16)"))
+    written, write_rows = [], results.write_rows
+    monkeypatch.setattr(results, "write_rows", lambda path, *rest: (written.append(path), write_rows(path, *rest)))
+    pd.testing.assert_frame_equal(run(tiny, tmp_path / "killed.parquet", grid), second)
+    assert len(written) == 3 and len(list(results.parts_folder(tmp_path / "killed.parquet").iterdir())) == 3
+
+
+def test_what_has_changed_since_the_process_began_is_not_run(tiny, tmp_path, monkeypatch):
+    """In a notebook whose kernel has imported a module that an editor has saved since."""
+    module = next(file for file in keys._BEGUN if file.name == "random.py")
+    monkeypatch.setitem(keys._BEGUN, module, keys._BEGUN[module] + "\nMORE = 1\n")
+    with pytest.raises(RuntimeError, match="pruning/random.py has changed since this process began.*restart"):
+        run(tiny, tmp_path / "rows.parquet", [Cell("random", 0.5)])
+    assert len(run(tiny, tmp_path / "rows.parquet", [Cell("cls_similarity", 0.5)])) == 15
+
+
+def test_failed_rows_are_tried_anew(whole, tiny, tmp_path, monkeypatch):
+    """One passing input error: the next run answers what has failed, and nothing else."""
+    out, grid = tmp_path / "rows.parquet", GRID[:6]
+    assert (run(tiny, out, grid, Noise(broken=(1,)), max_failed=0.5)["error"] != "").sum() == 18
+    assert results.provenance(out)["failed"] == 18
+    written, write_rows = [], results.write_rows
+    monkeypatch.setattr(results, "write_rows", lambda path, *rest: (written.append(path), write_rows(path, *rest)))
+    mended = run(tiny, out, grid)
+    pd.testing.assert_frame_equal(mended, whole[0].head(len(mended)))
+    assert len(written) == 6  # those of the chunk with the broken image
+    with pytest.raises(RuntimeError, match="18 of 90 rows have failed"):
+        run(tiny, tmp_path / "bad.parquet", grid, Noise(broken=(1,)), max_failed=0)
+    pd.testing.assert_frame_equal(run(tiny, tmp_path / "bad.parquet", grid, max_failed=0), mended)
+
+
+def test_large_runs_have_coarser_parts(tiny, tmp_path, monkeypatch):
+    """Chunks form blocks, which moves no row."""
+    assert [len(evaluation._blocks(range(25 * n), 25)) for n in (1, 64, 65, 640, 6400)] == [1, 64, 33, 80, 800]
+    whole = run(tiny, tmp_path / "a.parquet", GRID[:2], chunk=1)
+    monkeypatch.setattr(
+        evaluation, "_blocks", lambda ids, chunk: [[ids[i : i + 1] for i in range(5)][:3], [ids[3:4], ids[4:]]]
+    )
+    pd.testing.assert_frame_equal(run(tiny, tmp_path / "b.parquet", GRID[:2], chunk=1), whole)
 
 
 def test_unreadable_images_stay_in_the_rows(whole, tiny, tmp_path, capsys):

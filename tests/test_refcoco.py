@@ -19,9 +19,10 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from analysis.engine.evaluate import EXPRESSION
-from analysis.rec import datasets
+from analysis.rec import datasets, refcoco
 from analysis.rec.refcoco import COLUMNS, COUNTS, FORMS, TRUTH, check_counts, coco_name, read_annotations, unc_val
 from analysis.rec.scoring import perfect_answers, score, summarise
 from tests.support.refcoco import (
@@ -66,7 +67,7 @@ def test_refs_keep_their_ids_and_boxes_without_one_are_numbered_in_their_image(t
         ("COCO_train2014_000000000009_12", WIDE),
         ("a/b/COCO_train2014_000000000009_1.jpg", WIDE),
         (r"C:\train2014\COCO_train2014_000000000009.jpg", WIDE),
-        ("other/photo_12.png", "photo_12.png"),
+        ("other/photo_12.png", "other/photo_12.png"),
     ],
 )
 def test_names_of_images(path, name):
@@ -439,3 +440,40 @@ def test_refstamps_take_no_files():
     with pytest.raises(ValueError, match="refstamps is drawn from seeds .*refcoco, refcoco\\+, refcocog"):
         datasets.load("refstamps", "val", 1, annotations="x")
     assert list(datasets.load("refstamps", "val", 1).rows) == EXPRESSION
+
+
+def test_images_of_one_name_in_two_folders_or_forms_are_two(tmp_path):
+    """a/1.jpg, b/1.jpg, 1.jpg and 1.png are four images, each with its own pixels; COCO's names are the image's."""
+    names, lines = ["a/1.png", "b/1.png", "1.png", "1.bmp"], []
+    for colour, name in enumerate(names):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (20, 10), (50 * colour, 0, 0)).save(tmp_path / name)
+        box = dict(expression="left", bbox=[1, 1, 5, 5], width=20, height=10)
+        lines.append(json.dumps(box | dict(img_path=name, dataset_name="refcoco")))
+    (tmp_path / "REC_refcoco_unc_val.jsonl").write_text("\n".join(lines))
+    with pytest.warns(UserWarning, match="has 10834"):
+        data = datasets.load("refcoco", "val", None, tmp_path, tmp_path)
+    assert data.rows["image_id"].tolist() == names and data.rows["ref_id"].nunique() == 4
+    assert [data.image(name).getpixel((0, 0))[0] for name in names] == [0, 50, 100, 150]
+    before = [data.digest(name) for name in names]
+    Image.new("RGB", (20, 10), "white").save(tmp_path / "b/1.png")
+    assert [name for name, digest in zip(names, before) if data.digest(name) != digest] == ["b/1.png"]
+    assert refcoco.image_key("COCO_train2014_000000000001.jpg") == "COCO_train2014_000000000001"
+    (tmp_path / "1.png").rename(tmp_path / "a/2.png")
+    assert refcoco.folder_images(["x/2.png"], tmp_path / "a")("x/2.png")  # found by its last part
+    with pytest.raises(FileNotFoundError):
+        refcoco.folder_images(["x/1.png", "y/1.png"], tmp_path / "a")  # which of them would it be?
+
+
+def test_pictures_are_read_as_a_viewer_shows_them(tmp_path):
+    """EXIF's rotation in the size and in the pixels, transparency on white."""
+    turned = Image.new("RGB", (40, 20), "red")
+    exif = turned.getexif()
+    exif[0x0112] = 6
+    turned.save(tmp_path / "t.jpg", exif=exif)
+    Image.new("RGBA", (20, 40), (0, 0, 0, 0)).save(tmp_path / "c.png")
+    content = refcoco.folder_images(["t.jpg", "c.png"], tmp_path)
+    assert refcoco.picture(content, "t.jpg").size == (20, 40)
+    assert refcoco.picture(content, "c.png").getpixel((3, 3)) == (255, 255, 255)
+
+    assert refcoco._sizes(pd.Series(["t.jpg"]), [tmp_path / "refcoco_val.jsonl"], {}, tmp_path).tolist() == [[20, 40]]

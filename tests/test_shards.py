@@ -38,10 +38,11 @@ def test_shards_make_the_same_file_as_one_run(count, whole, tiny, tmp_path):
     sizes = [len(run(tiny, out, MIXED, shard=shard)) for shard in reversed(shards)]
     paths = [results.shard_path(out, shard) for shard in shards]
     assert not out.exists() and sum(sizes) == len(MIXED) * 15 and min(sizes) > 0
-    rows = results.merge_shards(out, reversed(paths))
+    results.merge_shards(out, reversed(paths))
     assert out.read_bytes() == whole.read_bytes()
-    pd.testing.assert_frame_equal(rows, results.read_rows(whole))
-    pd.testing.assert_frame_equal(run(tiny, out, MIXED), rows)  # and it counts as that run, which is read back
+    pd.testing.assert_frame_equal(
+        run(tiny, out, MIXED), results.read_rows(whole)
+    )  # and it counts as that run, which is read back
 
 
 def test_a_shard_does_only_its_share_and_is_read_back(tiny, tmp_path, monkeypatch):
@@ -51,7 +52,8 @@ def test_a_shard_does_only_its_share_and_is_read_back(tiny, tmp_path, monkeypatc
     assert read == [2, 3] and len(rows) == 12
     pd.testing.assert_frame_equal(run(tiny, tmp_path / "rows.parquet", GRID[:2], shard="2/3"), rows)
     assert read == [2, 3]
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".rows.2of3.parquet.lock", "rows.2of3.parquet"]
+    lock, claim = ".rows.2of3.parquet.lock", ".rows.parquet.shards"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [lock, claim, "rows.2of3.parquet"]
 
 
 def test_what_does_not_belong_together_is_not_merged(whole, tiny, tmp_path):
@@ -60,13 +62,16 @@ def test_what_does_not_belong_together_is_not_merged(whole, tiny, tmp_path):
     for shard in ("1/3", "2/3", "3/3"):
         run(tiny, out, GRID[:2], shard=shard)
     run(replace(tiny, revision="other"), other, GRID[:2], Noise(images=6), shard="2/3")
-    run(tiny, other, GRID[:2], shard="2/2")
+    run(tiny, tmp_path / "two.parquet", GRID[:2], shard="2/2")
     for paths, message in [
         ([one, three], "shards 2/3 are missing"),
         ([two], "shards 1/3, 3/3 are missing"),
         ([one, two, two, three], "rows.2of3.parquet is shard 2/3, which is there already"),
-        ([one, other.with_name("other.2of3.parquet"), three], "differ in expressions, revision"),
-        ([one, other.with_name("other.2of2.parquet")], "differ in number of shards"),
+        (
+            [one, other.with_name("other.2of3.parquet"), three],
+            "differ in data, expressions, images, pictures, revision",
+        ),
+        ([one, other.with_name("two.2of2.parquet")], "differ in number of shards"),
         ([one, whole], "is no shard"),
         ([], "no shards to merge"),
     ]:
@@ -85,6 +90,19 @@ def test_shards_of_two_commits_are_of_one_run_and_both_are_named(tiny, tmp_path,
         run(tiny, out, GRID[:1], shard=shard)
     results.merge_shards(out, [results.shard_path(out, shard) for shard in ("1/2", "2/2")])
     assert results.provenance(out)["commit"] == "a, b"
+
+
+def test_a_shard_that_could_not_be_merged_is_refused_before_its_work(tiny, tmp_path, monkeypatch):
+    """A GPU of another kind, or other code, is seen when a shard begins, not after the hours."""
+    out, read, image = tmp_path / "rows.parquet", [], Noise.image
+    run(tiny, out, GRID[:2], shard="1/3")
+    monkeypatch.setattr(Noise, "image", lambda self, i: (read.append(i), image(self, i))[1])
+    monkeypatch.setattr(evaluation, "_device", lambda model: "NVIDIA A100")
+    with pytest.raises(ValueError, match=r"differ from this one in device \(cpu there, NVIDIA A100 wanted\).*remove"):
+        run(tiny, out, GRID[:2], shard="2/3")
+    assert read == []
+    results.shard_path(out, "1/3").unlink()  # nothing of the first is left: the second may have its way
+    run(tiny, out, GRID[:2], shard="2/3")
 
 
 def test_wrong_shards_stop_before_any_work(tiny, tmp_path):

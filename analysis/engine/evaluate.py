@@ -33,6 +33,7 @@ from analysis.pruning import Pruner, all_pruners
 from analysis.pruning import pruner as find_pruner
 from analysis.pruning.images import prune_images
 from analysis.rec.boxes import BOX_FORMATS, frame
+from analysis.rec.pictures import read_picture
 from analysis.rec.scoring import check_boxes, score, score_words
 from analysis.types import Cell, Ids, RecDataset, Selection, Signals, VisualTokens
 
@@ -105,7 +106,7 @@ def _readable(model: Model, dataset: RecDataset, rows: pd.DataFrame) -> tuple[di
     once = rows[["image_id", "width", "height"]].drop_duplicates("image_id")
     for image_id, width, height in once.itertuples(index=False, name=None):
         try:
-            image = dataset.image(image_id).convert("RGB")
+            image = read_picture(dataset.image(image_id))
             if image.size != (width, height):
                 raise ValueError(f"image is {image.width} x {image.height}, its rows say {width} x {height}")
             model.layout(image.size)  # raises where the model cannot read an image of this shape
@@ -126,13 +127,14 @@ class RunState:
     """How a run goes.
 
     expressions, images: how many are answered and encoded together, fewer when memory runs out; draft: as `greedy`
-    takes it; tokens: how many have been generated.
+    takes it; tokens, rows: how many have been generated and answered.
     """
 
     expressions: int
     images: int
     draft: Sequence[int] = ()
     tokens: int = 0
+    rows: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +142,8 @@ class Run:
     """One call of `evaluate`, checked and ready to work.
 
     by_text: for each pruner and keep ratio whether it selects anew for every expression; out: the file of all rows;
-    key: fingerprint of everything but the cells, which each finished part carries; provenance: of the whole file.
+    facts: what can move a row besides its cell and the chunk it is in; pruners: the same of each pruner; pictures: a
+    digest of each image, by ID; provenance: of the whole file.
     """
 
     model: Model | ByGenerate
@@ -148,7 +151,9 @@ class Run:
     grid: Sequence[Cell]
     by_text: dict[tuple[str, float | None], bool]
     out: Path
-    key: str
+    facts: dict[str, Any]
+    pruners: dict[str, dict[str, Any]]
+    pictures: dict[Any, str]
     provenance: dict[str, Any]
     shard: str
     max_failed: float
@@ -412,8 +417,9 @@ def evaluate(
     """Answer every expression in every cell; write the rows to `out` (Parquet) and return them, cell by cell.
 
     batch_size: expressions answered together; chunk: images encoded together; both are halved where memory runs out. A
-    killed run goes on where it stopped, and a finished one is read back; delete
-    `out` and `<out>.parts` after a change of code, which is not noticed, unlike one of model, data or settings.
+    killed run goes on where it stopped, and a finished one is read back, if nothing has changed that could move a row:
+    `analysis.keys` says what that is. Pieces of work with failed rows are tried anew. "{key}" in the name of `out`
+    stands for the key of all rows, so that whatever could move one gives another file.
     shard: "2/5" does the second of five shares of the work, on any machine and in any order, and writes its rows to
     `results.shard_path(out, "2/5")`; `results.merge_shards` makes of all five the file of one run, to the byte.
     Expressions of an unreadable image have raw "", tokens NaN and the reason in the column "error", those whose logits
@@ -421,8 +427,8 @@ def evaluate(
     Everything is checked before work starts: ValueError for bad cells, for data that are empty, incomplete,
     repeated or impossible, for a pruner that cannot run on this model or with this keep ratio, and for a shard that is
     none or more than there are pieces of work.
-    RuntimeError beyond `max_failed`, when one expression alone needs more memory than there is, and while another
-    process works on the same `out`.
+    ValueError also where `out` holds rows of another key, and RuntimeError beyond `max_failed`, when one expression
+    alone needs more memory than there is, and while another process works on the same `out`.
     """
     out, grid = Path(out), list(dict.fromkeys(grid))
     check_cells(grid)
@@ -430,33 +436,40 @@ def evaluate(
     for name, size in (("batch_size", batch_size), ("chunk", chunk)):
         if size < 1:
             raise ValueError(f"{name} must be >= 1, got {size}")
-    pieces = len(grid) * -(-dataset.rows["image_id"].nunique() // chunk)
+    pieces = len(grid) * len(_blocks(dataset.rows["image_id"].unique(), chunk))
     if (shards := results.parse_shard(shard)[1]) > pieces:
         raise ValueError(
             f"shard {shard} of {pieces} pieces of work, each one cell on up to {chunk} images; there can "
             f"be no more than {pieces} shards"
         )
     by_text = _check_model(model, grid)
-    settings = {
-        "model": model.name,
-        "revision": model.revision,
-        "dtype": str(model.dtype),
-        "device": _device(model),
-        "prompt": model.prompt_text("{}"),
-        "max_new_tokens": model.max_new_tokens,
+    image_ids = list(dataset.rows["image_id"].unique())
+    pictures = dict(zip(image_ids, keys.pictures(dataset, image_ids), strict=True))
+    pruners = {spec: keys.pruner(spec, find_pruner(spec)) for spec in sorted({cell.pruner for cell in grid})}
+    facts = keys.model_facts(model, _device(model)) | {
         "dataset": dataset.name,
         "split": dataset.split,
         "batch_size": batch_size,
         "chunk": chunk,
-        "expressions": keys.fingerprint(dataset.rows[_columns(dataset.rows)].to_json()),
-        **keys.environment(),
+        **keys.versions(),
     }
-    key = keys.fingerprint({k: v for k, v in settings.items() if k not in keys.NOT_KEY})
-    whole = settings | {"cells": [cell.columns() for cell in grid]}
-    whole["fingerprint"] = keys.fingerprint([key, whole["cells"]])
+    keys.check_unchanged([*facts["code"], *(module for digests in pruners.values() for module in digests)])
+    whole = keys.environment() | facts
+    whole |= {
+        "images": len(image_ids),
+        "expressions": len(dataset.rows),
+        "data": _data_key(dataset.rows),
+        "pictures": keys.fingerprint(list(pictures.values())),
+        "cells": [cell.columns() for cell in grid],
+        "pruners": pruners,
+        "clip": model.clip_files if any(by_text.values()) else {},
+    }
+    whole["fingerprint"] = keys.fingerprint({name: whole[name] for name in whole.keys() - keys.NOT_KEY})
+    out = out.with_name(out.name.replace("{key}", whole["fingerprint"]))
     if shards > 1:
+        results.claim(out, whole)
         whole |= {"shard": shard, "whole": whole["fingerprint"]}
-        whole["fingerprint"] = keys.fingerprint([key, whole["cells"], shard])
+        whole["fingerprint"] = keys.fingerprint([whole["whole"], shard])
     out = results.shard_path(out, shard)
     start, draft = (
         time.monotonic(),
@@ -464,25 +477,41 @@ def evaluate(
     )
     state = RunState(batch_size, chunk, draft)
     with results.locked(out):
-        if (rows := results.finished(out, whole["fingerprint"])) is None:
-            with tqdm(unit=" expressions", disable=not progress) as bar:
-                run = Run(
-                    model=model,
-                    dataset=dataset,
-                    grid=grid,
-                    by_text=by_text,
-                    out=out,
-                    key=key,
-                    provenance=whole,
-                    shard=shard,
-                    max_failed=max_failed,
-                    state=state,
-                    bar=bar,
-                )
-                rows = _run(run)
-        results.remove_parts(out)
+        if results.made_before(out, whole):
+            return results.read_back(out)
+        with tqdm(unit=" expressions", disable=not progress) as bar:
+            run = Run(
+                model=model,
+                dataset=dataset,
+                grid=grid,
+                by_text=by_text,
+                out=out,
+                facts=facts,
+                pruners=pruners,
+                pictures=pictures,
+                provenance=whole,
+                shard=shard,
+                max_failed=max_failed,
+                state=state,
+                bar=bar,
+            )
+            rows = _run(run)
     print(_summary(model, out, rows, state, time.monotonic() - start))
     return rows
+
+
+def _data_key(rows: pd.DataFrame) -> str:
+    return keys.fingerprint(rows[_columns(rows)].to_json(orient="split", index=False))
+
+
+def _blocks(image_ids: Sequence[Any], chunk: int) -> list[list[Sequence[Any]]]:
+    """The images in chunks, and these in blocks: a piece of work is a cell on a block.
+
+    Up to 64 chunks each is a block; more make larger blocks, of 8 chunks at most, so that a large run has fewer parts.
+    """
+    chunks = [image_ids[i : i + chunk] for i in range(0, len(image_ids), chunk)]
+    size = min(8, -(-len(chunks) // 64))
+    return [chunks[i : i + size] for i in range(0, len(chunks), max(1, size))]
 
 
 def _summary(model: Model, out: Path, rows: pd.DataFrame, state: RunState, seconds: float) -> str:
@@ -490,7 +519,7 @@ def _summary(model: Model, out: Path, rows: pd.DataFrame, state: RunState, secon
     invalid = (score_words if "answer" in rows else score)(rows[rows["error"] == ""])["invalid"].sum()
     lines = [
         f"{out.name}: {len(rows)} rows, {rows['image_id'].nunique()} images, {invalid} answers that are none, "
-        f"{seconds:.1f} s, {len(rows) / max(seconds, 1e-3):.0f} expressions/s, "
+        f"{state.rows} of them answered now in {seconds:.1f} s, {state.rows / max(seconds, 1e-3):.0f} expressions/s, "
         f"{state.tokens / max(seconds, 1e-3):.0f} tokens/s generated"
     ]
     if model.device.type == "cuda":
@@ -500,39 +529,76 @@ def _summary(model: Model, out: Path, rows: pd.DataFrame, state: RunState, secon
     return "\n".join(lines)
 
 
+def _part(run: Run, number: int, rows: pd.DataFrame, cell: Cell) -> tuple[Path, str]:
+    """The file of a piece of work, and its key: all that can move its rows."""
+    spec = cell.pruner
+    key = keys.fingerprint(
+        [
+            run.facts,
+            cell.columns(),
+            run.pruners[spec],
+            run.model.clip_files if run.by_text.get((spec, cell.keep)) else {},
+            _data_key(rows),
+            [run.pictures[image_id] for image_id in rows["image_id"].unique()],
+        ]
+    )
+    return results.parts_folder(run.out) / f"{number:05d}-{key}.parquet", key
+
+
 def _run(run: Run) -> pd.DataFrame:
-    """Work off the shard's pieces that have no part yet, then merge them, cell by cell."""
-    data, out, grid, state, bar = run.dataset.rows.reset_index(drop=True), run.out, run.grid, run.state, run.bar
-    image_ids, chunk = data["image_id"].unique(), state.images
-    chunks = [data[data["image_id"].isin(image_ids[i : i + chunk])] for i in range(0, len(image_ids), chunk)]
-    pieces, (share, of) = list(product(range(len(chunks)), grid)), results.parse_shard(run.shard)
+    """Work off the shard's pieces that have no part yet, or one with failed rows, then merge them, cell by cell."""
+    data, grid, bar = run.dataset.rows.reset_index(drop=True), run.grid, run.bar
+    blocks = [
+        [data[data["image_id"].isin(chunk)] for chunk in block]
+        for block in _blocks(data["image_id"].unique(), run.state.images)
+    ]
+    pieces, (share, of) = list(product(range(len(blocks)), grid)), results.parse_shard(run.shard)
     mine = pieces[len(pieces) * (share - 1) // of : len(pieces) * share // of]
+    sizes = [sum(map(len, block)) for block in blocks]
+    parts = {piece: _part(run, piece[0], pd.concat(blocks[piece[0]]), piece[1]) for piece in mine}
+    todo = [piece for piece in mine if results.finished(*parts[piece]) != 0]  # absent, or with failed rows
+    bar.reset(total=sum(sizes[number] for number, _ in mine))
+    bar.n = bar.initial = bar.total - sum(sizes[number] for number, _ in todo)  # not counted in speed and time left
 
-    def part(number: int, cell: Cell) -> Path:
-        return results.parts_folder(out) / f"{number:05d}-{keys.fingerprint(cell.columns())}.parquet"
-
-    failed, reason, reading = 0, "", {}
-    bar.reset(total=sum(len(chunks[number]) for number, _ in mine))
+    failed, reason, place, reading = 0, "", 0, {}
+    order = [(number, chunk) for number in dict.fromkeys(n for n, _ in todo) for chunk in range(len(blocks[number]))]
     with ThreadPoolExecutor(1) as reader:
-        for number, cells_here in groupby(mine, key=itemgetter(0)):
-            rows, done = chunks[number], {cell: results.finished(part(number, cell), run.key) for _, cell in cells_here}
-            missing = [cell for cell, table in done.items() if table is None]
-            tables = [table for table in done.values() if table is not None]
-            bar.update(sum(map(len, tables)))
-            if missing:
-                for i in range(number, min(number + 1, mine[-1][0]) + 1):  # the next images while the model has these
-                    if i not in reading:
-                        reading[i] = reader.submit(_readable, run.model, run.dataset, chunks[i])
-                for cell, table in _tables(run, rows, *reading.pop(number).result(), missing):
-                    results.write_rows(part(number, cell), table, {"fingerprint": run.key})
-                    tables.append(table)
-            errors = pd.concat(table["error"] for table in tables)
-            failed, reason = failed + (errors != "").sum(), max(errors, default="") or reason
+
+        def read_ahead(place: int) -> tuple:
+            """What a chunk's images are; the next chunk's are read while the model has these."""
+            for number, chunk in order[place : place + 2]:
+                if (number, chunk) not in reading:
+                    reading[number, chunk] = reader.submit(_readable, run.model, run.dataset, blocks[number][chunk])
+            return reading.pop(order[place]).result()
+
+        for number, pieces_here in groupby(todo, key=itemgetter(0)):
+            cells_here = [cell for _, cell in pieces_here]
+            tables = {cell: [] for cell in cells_here}
+            for rows in blocks[number]:
+                for cell, table in _tables(run, rows, *read_ahead(place), cells_here):
+                    tables[cell].append(table)
+                    run.state.rows += len(table)
+                    if len(tables[cell]) == len(blocks[number]):
+                        path, key = parts[number, cell]
+                        whole = pd.concat(tables.pop(cell), ignore_index=True)
+                        results.write_rows(path, whole, {"fingerprint": key, "of": _about(run)})
+                        failed += (whole["error"] != "").sum()
+                        reason = max(whole["error"], default="") or reason
+                place += 1
             if failed > run.max_failed * bar.total:
                 raise RuntimeError(
                     f"{failed} of {bar.total} rows have failed, more than the share max_failed={run.max_failed}; one "
                     f"reason: {reason}. The rows so far are kept: mend the cause, or give a larger max_failed, and run "
-                    "again"
+                    "again, which tries those that failed anew"
                 )
-    mine.sort(key=lambda piece: grid.index(piece[1]))  # stable: the chunks of a cell stay in order
-    return results.merge(out, [part(*piece) for piece in mine], run.provenance)
+    mine.sort(key=lambda piece: grid.index(piece[1]))  # stable: the blocks of a cell stay in order
+    files = [parts[piece][0] for piece in mine]
+    rows = results.merge(run.out, files, run.provenance | {"failed": int(failed)})
+    if not failed:  # otherwise they are what the next run goes on from
+        results.remove_parts(run.out, files)
+    return rows
+
+
+def _about(run: Run) -> dict[str, Any]:
+    """What a part says of its run, for `python -m analysis clean`."""
+    return {name: run.provenance[name] for name in ("model", "dataset", "split", "images", "batch_size", "commit")}

@@ -6,6 +6,7 @@ python -m analysis.models     # the models that are known, what they need and ho
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import NamedTuple
@@ -17,8 +18,10 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from safetensors import safe_open
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from analysis import keys
 from analysis.models import internvl, llava, llava_next, llava_onevision, minigpt_v2, qwen2_5_vl, qwen3_vl, shikra
 from analysis.models.base import ATTENTION, Model
+from analysis.models.clip import DEFAULT as CLIP
 from analysis.registry import pick
 
 __all__ = ["FAMILIES", "KNOWN", "MODELS", "Model", "load"]
@@ -83,8 +86,7 @@ def _digest(folder: Path) -> str:
     """First 12 hex digits of the SHA-256 of the weights, files in order of name."""
     digest = hashlib.sha256()
     for file in sorted(folder.glob("*.safetensors")):
-        with file.open("rb") as weights:
-            digest.update(hashlib.file_digest(weights, "sha256").digest())
+        digest.update(bytes.fromhex(keys.content(file)))
     return digest.hexdigest()[:12]
 
 
@@ -119,6 +121,16 @@ def _find(name: str, revision: str | None) -> tuple[Path, str]:
     if not any(folder.glob("*.safetensors")):
         raise FileNotFoundError(_missing(name) if name in MODELS else f"no *.safetensors in the folder {folder}")
     return folder, _digest(folder)
+
+
+def _clip_files(folder: Path, name: str) -> dict[str, str]:
+    """`keys.folder` of the CLIP beside a model, or of the Hugging Face cache; {} where it is not here."""
+    if (folder.parent / name).is_dir():
+        return keys.folder(folder.parent / name)
+    try:
+        return keys.folder(snapshot_download(name, local_files_only=True))
+    except (OSError, ValueError):  # not here, or no name of a model
+        return {}
 
 
 def _stored(folder: Path) -> list[int]:
@@ -192,7 +204,8 @@ def load(
         if wrong := {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}:
             raise ValueError(f"{name}: the weights do not fit config.json: {wrong}")
         shown = folder.resolve().name if Path(name).is_dir() or name in MODELS else name
-        return family.assemble(whole, source=str(folder), name=shown, revision=found, device=device)
+        model = family.assemble(whole, source=str(folder), name=shown, revision=found, device=device)
+        return replace(model, files=keys.folder(folder), clip_files=_clip_files(folder, getattr(config, "clip", CLIP)))
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except OSError as error:

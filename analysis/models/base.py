@@ -5,8 +5,8 @@ A family (one file each) is a subclass of `Model` that says how it pads, asks an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import ClassVar
@@ -61,8 +61,9 @@ class Model(LanguageModel):
     name, revision: which weights; grid: rows, columns of visual tokens (of the whole image, where there are tiles;
     None where they vary by image); tower, connector: as `encode` takes them; image_token: ID that stands for the
     visual tokens in a tokenized prompt; mean, std: [3] of the tower's input; layer: hidden layer the connector reads;
-    clip: loads the CLIP whose words the tower's patches compare with; chat: the whole prompt, "{}" for a message. The
-    rest is `decode.LanguageModel`'s; its 40 new tokens are enough for a box in a vocabulary of 32,000.
+    clip: loads the CLIP whose words the tower's patches compare with; chat: the whole prompt, "{}" for a message;
+    files, clip_files: digests of its folder and of its CLIP's (`keys.folder`), which are part of a row's key. The rest
+    is `decode.LanguageModel`'s; its 40 new tokens are enough for a box in a vocabulary of 32,000.
 
     Of a family: ask_for: message of any question about one image, rec: of a referring expression, both with the image's
     words `image` in them and "{}" for the question or expression; marks: the special tokens of `image` that enclose the
@@ -81,6 +82,8 @@ class Model(LanguageModel):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     chat: str = f"{SYSTEM} USER: {{}} ASSISTANT:"
+    files: Mapping[str, str] = field(default_factory=dict)
+    clip_files: Mapping[str, str] = field(default_factory=dict)
 
     image: ClassVar[str] = "<image>"
     marks: ClassVar[tuple[str, str] | None] = None

@@ -6,8 +6,8 @@ the engine, some ten times slower: every expression encodes its image and reads 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,7 +25,8 @@ class ByGenerate:
     """A whole model with its processor.
 
     name, revision: which weights; rec, ask_for: message for the box of a referring expression, and for any question,
-    "{}" in them for its words; box_format, frame: names in `rec.boxes`; max_new_tokens: enough for a box.
+    "{}" in them for its words; box_format, frame: names in `rec.boxes`; max_new_tokens: enough for a box;
+    files, clip_files: see `base.Model`.
     """
 
     name: str
@@ -37,6 +38,8 @@ class ByGenerate:
     frame: str
     ask_for: str = "{}"
     max_new_tokens: int = 64
+    files: Mapping[str, str] = field(default_factory=dict)
+    clip_files: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from hashlib import sha256
 from importlib import import_module
 from pathlib import Path
 
@@ -124,8 +125,14 @@ def _refcoco(
     rows = rows[rows["image_id"].isin(rows["image_id"].unique()[:limit])].reset_index(drop=True)
     if not images and not refcoco.holds_images(files):
         raise ValueError(f"{files[0]} holds no images: give images=<folder of COCO train2014>; {refcoco.FETCH}")
-    image = refcoco.folder_images(rows["file_name"], images) if images else refcoco.stored_images(files)
-    return RecDataset(dataset, split, rows, lambda image_id: refcoco.rgb(image, image_id))
+    content = refcoco.folder_images(rows["file_name"], images) if images else refcoco.stored_images(files)
+    return RecDataset(
+        dataset,
+        split,
+        rows,
+        lambda image_id: refcoco.picture(content, image_id),
+        lambda image_id: sha256(content(image_id)).hexdigest()[:16],
+    )
 
 
 def load(

@@ -70,3 +70,12 @@ def read_picture(source: str | Path | BinaryIO | Image.Image) -> Image.Image:
         lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
         return ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
     return image.convert("RGB")
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """(width, height) of what `read_picture` makes of an opened image, whose pixels are not read for it."""
+    try:
+        sideways = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+    except Exception:  # as in `_upright`
+        sideways = False
+    return image.size[::-1] if sideways else image.size

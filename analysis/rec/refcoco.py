@@ -11,6 +11,7 @@ import os
 import pickle
 import re
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -26,6 +27,7 @@ import pyarrow.parquet as pq
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
+from analysis.rec.pictures import read_picture, upright_size
 from analysis.rec.scoring import SIZE, TRUTH, check_boxes
 from analysis.registry import pick
 
@@ -193,9 +195,12 @@ def _instances(file: Path) -> dict[str, dict]:
 
 
 def coco_name(path: str) -> str:
-    """An image's file name from a path or from a name with an object's number: COCO_train2014_<12 digits>.jpg."""
-    name = re.split(r"[/\\]", path)[-1]
-    return f"{found[1]}.jpg" if (found := _COCO.fullmatch(name)) else name
+    """An image's file name from a path or from a name with an object's number: COCO_train2014_<12 digits>.jpg.
+
+    Of any other the whole path stays, from the folder of the images on.
+    """
+    parts = [part for part in re.split(r"[/\\]", path) if part not in ("", ".", "..")] or [path]
+    return f"{found[1]}.jpg" if (found := _COCO.fullmatch(parts[-1])) else "/".join(parts)
 
 
 def _is_text(value: Any) -> bool:
@@ -258,15 +263,30 @@ def _rows(records: list[tuple[str, Any]], name: str, instances: dict) -> pd.Data
     return pd.DataFrame(rows)
 
 
-def folder_images(names: Sequence[str], folder: str | Path) -> Callable[[str], Image.Image]:
-    """image(image_id) of the named files in a folder. FileNotFoundError, naming the first, if any is missing."""
-    paths = {Path(name).stem: Path(folder) / name for name in names}
+def image_key(name: str) -> str:
+    """The ID of an image by its file's name: COCO's without its ending; any other is the whole path that is given, for
+    a/1.jpg and b/1.jpg, 1.jpg and 1.png are different images."""
+    return name.removesuffix(".jpg") if _COCO.fullmatch(name) else name
+
+
+def folder_images(names: Sequence[str], folder: str | Path) -> Callable[[str], bytes]:
+    """content(image_id), the files' bytes, of the named images in a folder.
+
+    A path that is not there is looked for by its last part, where that is no other image's. FileNotFoundError, naming
+    the first, if any is missing.
+    """
+    names, folder = list(dict.fromkeys(names)), Path(folder)
+    last, paths = Counter(Path(name).name for name in names), {}
+    for name in names:
+        path, short = folder / name, Path(name).name
+        found = os.path.isfile(path) or last[short] > 1
+        paths[image_key(name)] = path if found else folder / short
     if missing := [path for path in paths.values() if not os.path.isfile(path)]:
         raise FileNotFoundError(
             f"{len(missing)} of {len(paths)} images are missing, first {missing[0]}; the folder is "
             f"to hold COCO train2014: {FETCH}"
         )
-    return lambda image_id: Image.open(paths[image_id])
+    return lambda image_id: paths[image_id].read_bytes()
 
 
 @contextmanager
@@ -281,10 +301,10 @@ def _readable(name: str) -> Iterator[None]:
         raise ValueError(f"the image {name} cannot be read: {what}") from error
 
 
-def rgb(image: Callable[[str], Image.Image], image_id: str) -> Image.Image:
-    """image(image_id), decoded. ValueError, naming it, where it is broken."""
-    with _readable(image_id), image(image_id) as opened:
-        return opened.convert("RGB")
+def picture(content: Callable[[str], bytes], image_id: str) -> Image.Image:
+    """The image of content(image_id) as a viewer shows it. ValueError, naming it, where it is broken."""
+    with _readable(image_id):
+        return read_picture(BytesIO(content(image_id)))
 
 
 def holds_images(files: Sequence[Path]) -> bool:
@@ -292,27 +312,27 @@ def holds_images(files: Sequence[Path]) -> bool:
     return files[0].suffix == ".parquet" and {"image", "file_name"} <= set(pq.ParquetFile(files[0]).schema_arrow.names)
 
 
-def stored_images(files: Sequence[Path]) -> Callable[[str], Image.Image]:
-    """image(image_id) of the images in Parquet files with the columns file_name and image (encoded bytes)."""
+def stored_images(files: Sequence[Path]) -> Callable[[str], bytes]:
+    """content(image_id) of the images in Parquet files with the columns file_name and image (encoded bytes)."""
     place = {}
     for file in files:
         stored = pq.ParquetFile(file)
         for group in range(stored.num_row_groups):
             names = stored.read_row_group(group, ["file_name"])["file_name"].to_pylist()
-            place |= {Path(coco_name(str(name))).stem: (file, group, row) for row, name in enumerate(names)}
+            place |= {image_key(coco_name(str(name))): (file, group, row) for row, name in enumerate(names)}
 
     @lru_cache(2)  # rows of one image are near each other, and a group of 100 images is some 20 MB
     def loaded(file: Path, group: int) -> list[dict]:
         return pq.ParquetFile(file).read_row_group(group, ["image"])["image"].to_pylist()
 
-    def image(image_id: str) -> Image.Image:
+    def content(image_id: str) -> bytes:
         file, group, row = place[image_id]
         cell = loaded(file, group)[row]
         if not isinstance(cell, dict) or not cell.get("bytes"):
             raise ValueError(f"{file} holds no bytes of {image_id}; give images=<folder of COCO train2014>")
-        return Image.open(BytesIO(cell["bytes"]))
+        return cell["bytes"]
 
-    return image
+    return content
 
 
 def _sizes(names: pd.Series, files: Sequence[Path], instances: dict, images: Path | None) -> np.ndarray:
@@ -323,10 +343,10 @@ def _sizes(names: pd.Series, files: Sequence[Path], instances: dict, images: Pat
         if lost := [name for name in distinct if name not in known]:
             raise ValueError(f"the instances lack {len(lost)} of {len(distinct)} images, first {lost[0]}")
     elif images or holds_images(files):
-        image, known = folder_images(names, images) if images else stored_images(files), {}
+        content, known = folder_images(names, images) if images else stored_images(files), {}
         for name in tqdm(distinct, "sizes", unit="image", leave=False):
-            with _readable(name), image(Path(name).stem) as opened:
-                known[name] = opened.size
+            with _readable(name), Image.open(BytesIO(content(image_key(name)))) as opened:
+                known[name] = upright_size(opened)
     else:
         raise ValueError(
             f"{files[0]} does not say how large its images are: give instances=<instances.json> or "
@@ -418,7 +438,7 @@ def read_annotations(
             raise ValueError(f"{files[0]} has no split {split!r}; it has: {', '.join(has.unique())}")
         rows = rows[has == split].reset_index(drop=True)
     rows["file_name"] = rows["file_name"].map(coco_name)
-    rows["image_id"] = rows["file_name"].str.replace(r"\.\w+$", "", regex=True)
+    rows["image_id"] = rows["file_name"].map(image_key)
     if not set(SIZE) <= set(rows) or rows[SIZE].isna().any(axis=None):
         rows[SIZE] = _sizes(rows["file_name"], files, coco, images and Path(images))
     boxes = np.array(rows["box"].tolist(), dtype=float)

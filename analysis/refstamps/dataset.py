@@ -8,6 +8,7 @@ import pandas as pd
 from PIL import Image
 from tqdm import tqdm
 
+from analysis import keys
 from analysis.rec.datasets import IMAGES
 from analysis.refstamps.grammar import control_questions, expressions
 from analysis.refstamps.scenes import scene
@@ -20,7 +21,16 @@ def stamp_image(split: str, index: int) -> Image.Image:
 
 
 def _drawn(name: str, split: str, rows: list[dict]) -> RecDataset:
-    return RecDataset(name, split, pd.DataFrame(rows), lambda image_id: stamp_image(split, int(image_id.split("_")[1])))
+    drawn_by = keys.fingerprint(
+        [keys.code("analysis.refstamps.scenes"), keys.stamps()]
+    )  # the ID says which scene it is
+    return RecDataset(
+        name,
+        split,
+        pd.DataFrame(rows),
+        lambda image_id: stamp_image(split, int(image_id.split("_")[1])),
+        lambda image_id: drawn_by,
+    )
 
 
 def _common(split: str, index: int, what: int | str, sentence: int, text: str, size: tuple[int, int]) -> dict:

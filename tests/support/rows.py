@@ -19,6 +19,7 @@ class Noise:
     broken: tuple = ()
     name: str = "noise"
     split: str = "val"
+    version: int = 1
 
     @property
     def rows(self):
@@ -48,6 +49,11 @@ class Noise:
             raise UnidentifiedImageError("torn")
         pixels = np.random.default_rng(image_id).integers(0, 256, (30 + image_id, 40, 3), dtype=np.uint8)
         return Image.fromarray(pixels)
+
+    def digest(self, image_id):
+        if image_id in self.broken:
+            raise UnidentifiedImageError("torn")
+        return f"noise {image_id}, {self.version}"
 
 
 def run(model, out, grid=GRID, data=Noise(), **options):
