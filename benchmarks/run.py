@@ -90,9 +90,9 @@ def by_generate(model: models.Model, folder: Path) -> ByGenerate:
     for name in (source.name, "tiny-clip"):
         shutil.copytree(source.parent / name, folder / name)
     save_processor(folder / source.name)
-    config = AutoConfig.from_pretrained(source)
+    config = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
     build, options = models.FAMILIES[config.model_type].whole_class(config)
-    whole = build.from_pretrained(source, dtype=model.dtype, **OPTIONS, **options)
+    whole = build.from_pretrained(source, dtype=model.dtype, use_safetensors=True, **OPTIONS, **options)
     return assemble(
         whole,
         str(folder / source.name),

@@ -114,7 +114,7 @@ def unsafe(source):
                 ("AutoConfig.from_pretrained", "AutoTokenizer.from_pretrained"),
                 options.get("trust_remote_code") != "False",
             ),
-            "build.from_pretrained": options.get("use_safetensors") != "True",
+            "build.from_pretrained": "True" not in (options.get("use_safetensors"), options.get("weights_only")),
         }
         if bad.get(name) or options.get("trust_remote_code", "False") != "False":
             found.append(ast.unparse(node))
@@ -149,6 +149,7 @@ def test_the_scan_sees_what_it_looks_for():
         "AutoConfig.from_pretrained(f)",
         "AutoTokenizer.from_pretrained(f, trust_remote_code=True)",
         "build.from_pretrained(f)",
+        "build.from_pretrained(f, use_safetensors=safe)",
     ):
         assert unsafe(call), call
     assert not unsafe("torch.load(f, weights_only=True); yaml.safe_load(f); np.load(f); json.load(f)")
