@@ -28,7 +28,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, LlamaForCausalLM
 
 from analysis import models
-from analysis.engine.cost import clock, cost_rows, ratio, whole_prompts
+from analysis.engine.cost import clock, cost_rows, flops, ratio, whole_prompts
 from analysis.engine.evaluate import cells, evaluate, image_seed
 from analysis.models.by_generate import OPTIONS, ByGenerate, assemble
 from analysis.pruning import pruner
@@ -144,7 +144,7 @@ def bench(model: models.Model, images: int, turns: int, batch: int) -> pd.DataFr
     )
     add("engine_same", "share of equal answers", value=float(min(same)))
     if model.name in ("tiny-llava", "tiny-llava-wide", "tiny-llava-next"):  # whose processor transformers has
-        ratios, same, few = [], [], datasets.load("refstamps", "val", min(images, 8))
+        ratios, same, few = [], [], datasets.load("refstamps", "val", min(images, 12))
         with tempfile.TemporaryDirectory() as folder:
             door = by_generate(model, Path(folder))
             for _ in tqdm(range(3), desc="(a) engine against generate"):
@@ -152,10 +152,16 @@ def bench(model: models.Model, images: int, turns: int, batch: int) -> pd.DataFr
                 fast = timed(model, lambda: answers.update(engine=engine(model, few, grid, 32)))
                 ratios.append(slow / fast)
                 same.append(np.mean([a == b for a, b in zip(answers["door"], answers["engine"], strict=True)]))
+            fewer = [flops(lambda who=who: engine(who, small, grid, 32)) for who in (door, model)]
         unit = (
             f"times faster than pruned and generate, both at batch 32, {len(grid)} cells, {len(few.rows)} expressions"
         )
         add("generate", unit, **spread(ratios))
+        add(
+            "generate_flops",
+            "times fewer FLOPs than pruned and generate: what sharing promises",
+            value=fewer[0] / fewer[1],
+        )
         add("generate_same", "share of equal answers", value=float(min(same)))
 
     full, compact, gap = prefills = [*cells("none"), *cells("random", 0.25, ids=["compact", "original"])]

@@ -95,8 +95,9 @@ class Qwen2_5VL(base.Model):
 
 
 def whole_class(config) -> tuple[type, dict]:
-    """See `llava.whole_class`."""
-    return Qwen2_5_VLForConditionalGeneration, {}
+    """See `llava.whole_class`. No method here asks for the tower's attention, so that it need not be eager."""
+    kernels = dict(base.ATTENTION, vision_config="sdpa")
+    return Qwen2_5_VLForConditionalGeneration, dict(attn_implementation=kernels)
 
 
 def assemble(
