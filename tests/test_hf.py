@@ -9,10 +9,10 @@ import torch
 from torch.nn.functional import log_softmax
 
 from analysis import hf
-from analysis.hf import pruned
+from analysis.hf import Pruned, pruned
 from analysis.pruning import pruner
 from analysis.pruning.images import prune_images
-from analysis.types import Signals, VisualTokens
+from analysis.types import Cell, Signals, VisualTokens
 from tests.support import generate as small
 
 NAMES = list(small.MODELS)
@@ -133,6 +133,41 @@ def test_a_quarter_with_original_ids_is_full_length_with_the_rest_masked_out(nam
     scores = log_softmax(reference(name, beams.sequences, dropped(name, "spatial", 0.25)), dim=-1)
     scores = scores.gather(2, made[..., None])[..., 0].mean(dim=1)
     torch.testing.assert_close(beams.sequences_scores, scores, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "llava_onevision"])
+def test_signals_belong_to_their_tokens(name):
+    """The connector makes a run's features of its patches, in that order; a mosaic's newlines are the model's."""
+    done = Pruned(model_of(name), None, pruner("none"), Cell(), None, {}, None)
+    inputs = inputs_of(name)
+    given = {key: value for key, value in inputs.items() if key not in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        given.pop("mm_token_type_ids", None)
+        out = done.get_image_features(**given)
+        units = [unit for _, image in done.images for unit in image]
+        parts = [part for unit in units for part in (unit, unit.tiles) if part is not None]
+        for part in parts:
+            made = part.connect(part.signals.patches)
+            torch.testing.assert_close(made, part.features, atol=1e-4, rtol=1e-4)
+    grids = [(part.grid, part.tiles.grid if part.tiles else None) for part in units]
+    assert grids == [tuple(run) for image in small.batch(name)[1] for run in image]
+    assert sum(len(features) for features in out.pooler_output) == int((inputs["input_ids"] == small.IMAGE).sum())
+
+
+def test_internvls_attention_of_cls():
+    """Of a token of 2 x 2 patches: the mean of theirs, as the tower's own eager attention has it."""
+    model = small.build("internvl")
+    done = Pruned(model, None, pruner("none"), Cell(), None, {}, None)
+    with torch.no_grad():
+        done.get_image_features(inputs_of("internvl")["pixel_values"])
+        units = [unit for _, image in done.images for unit in image]
+        model.model.vision_tower.set_attn_implementation("eager")
+        seen = model.model.vision_tower(inputs_of("internvl")["pixel_values"], output_attentions=True).attentions
+    layer = model.config.vision_feature_layer
+    patches = seen[layer][:, :, 0, 1:].mean(dim=1).view(-1, 4, 2, 4, 2)
+    expected = patches.mean(dim=(2, 4)).flatten(1)
+    torch.testing.assert_close(torch.cat([unit.signals.cls_attention for unit in units]), expected)
+    assert expected.std() > 1e-3
 
 
 def cached_ids(self, cache, seen, kwargs, step=hf.Pruned.step):

@@ -17,6 +17,7 @@ from analysis.hf import pruned
 from analysis.rec import datasets
 from analysis.rec.boxes import BOX_FORMATS, frame, resized_to_tokens
 from analysis.rec.scoring import perfect_answers, score
+from analysis.training.processor import CHATML
 from tests.support import qwen
 from tests.support.checkpoint import noise
 
@@ -53,6 +54,13 @@ def test_the_unpruned_forward_is_transformers_own(model, whole, folder):
         (found,), *_ = prefill(model, [read.whole])
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(visual.connect(visual.signals.patches), visual.features, atol=1e-5, rtol=1e-5)
+
+
+def test_the_chat_template_is_the_engines_prompt(model):
+    text = model.rec.removeprefix(model.image).format("the red cat")
+    chat = [dict(role="user", content=[dict(type="image"), dict(type="text", text=text)])]
+    options = dict(chat_template=CHATML, tokenize=False, add_generation_prompt=True)
+    assert model.tokenizer.apply_chat_template(chat, **options) == model.prompt_text("the red cat")
 
 
 def test_a_batch_of_one_layout(model):
