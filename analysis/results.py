@@ -146,7 +146,9 @@ def finished(path: Path, key: str) -> int | None:
         rows, made = _read(path)
     except (FileNotFoundError, ValueError):
         return None
-    return int((rows["error"] != "").sum()) if made.get("fingerprint") == key else None
+    if made.get("fingerprint") != key or "error" not in rows:
+        return None
+    return int((rows["error"] != "").sum())
 
 
 def made_before(out: Path, wanted: dict[str, Any]) -> bool:

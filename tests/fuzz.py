@@ -740,7 +740,9 @@ def hooked() -> None:
 @cache
 def rows_file() -> bytes:
     file = store() / "rows.parquet"
-    results.write_rows(file, pd.DataFrame(ROWS).assign(keep=[1.0, None, 0.5]), {"fingerprint": "f", "commit": "c"})
+    results.write_rows(
+        file, pd.DataFrame(ROWS).assign(keep=[1.0, None, 0.5], error=""), {"fingerprint": "f", "commit": "c"}
+    )
     return file.read_bytes()
 
 
@@ -750,7 +752,7 @@ def rows(data: bytes, folder: Path) -> None:
     file.write_bytes(data)
     part = results.finished(file, "f")
     found = results.read_rows([file, file])
-    assert isinstance(results.provenance(file), dict) and (part is None or len(found) == 2 * len(part))
+    assert isinstance(results.provenance(file), dict) and (part is None or 0 <= part <= len(found))
 
 
 def made_of(data: bytes, folder: Path) -> None:
