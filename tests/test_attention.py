@@ -48,7 +48,7 @@ def batch(tiny, pictures):
     return AskedImages(features, raster_ids(features.shape[1]), IMAGE, [tiny.prompt(words) for words in WORDS])
 
 
-def locked(model, batch):
+def alone(model, batch):
     """The unpruned answers, one expression at a time, by `decode` alone."""
     found = []
     for image, (before, after) in zip(batch.image, batch.prompts):

@@ -76,6 +76,12 @@ def test_the_lock_file_pins_all_that_is_installed_in_versions_that_fit():
         assert wanted.specifier.contains(locked[canonicalize_name(wanted.name)]), wanted
 
 
+@pytest.mark.parametrize("what", ["check", "format --check"])
+def test_ruff_finds_nothing(what):
+    done = subprocess.run([sys.executable, "-m", "ruff", *what.split(), "."], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_the_version_is_the_same_everywhere():
     version = PROJECT["version"]
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == version

@@ -119,6 +119,6 @@ class StemClip(CLIPModel):
 
 
 def project_patches(clip: CLIPModel, hidden: Tensor) -> Tensor:
-    """Patches in CLIP's joint space, as [CLS] gets there. hidden: [B, 1 + N, C] last state -> [B, N, P], unit length."""
+    """Patches in CLIP's joint space, as [CLS] gets. hidden: [B, 1 + N, C] last state -> [B, N, P], unit length."""
     patches = clip.visual_projection(clip.vision_model.post_layernorm(hidden[:, 1:]))
     return torch.nn.functional.normalize(patches, dim=-1)

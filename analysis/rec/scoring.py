@@ -163,8 +163,8 @@ def perfect_answers(rows: pd.DataFrame, frame: str = "padded", box_format: str =
     """A copy of rows answered by a model that is always right: raw is the ground truth as it would write it.
 
     frame, box_format: names in `FRAMES` and `BOX_FORMATS`, for the columns frame and dialect. tokens is 0 and
-    tokens_full 1, so that `summarise` takes the rows. Scored in another frame, they measure what reading the wrong frame
-    costs.
+    tokens_full 1, so that `summarise` takes the rows. Scored in another frame, they measure what reading the wrong
+    frame costs.
     Raises ValueError for missing columns, unknown names and impossible ground truth.
     """
     check_boxes(rows)
