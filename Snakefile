@@ -52,7 +52,7 @@ FIGURES, TABLES = ([name for name in READS if name.startswith(kind)] for kind in
 SHARDS = int(config.get("shards", 1))  # jobs that share the work of one file of rows
 # 12_real_checkpoints takes its parameters from --config model=... limit=...; gpu is how many GPUs each of its jobs gets.
 # Settings besides the model and the data set stand in the name of the folder: a trial is never taken for the whole run.
-GIVEN = {"model": "llava-hf/llava-1.5-7b-hf"} | {name: config[name] for name in config if name not in ("shards", "gpu")}
+GIVEN = {"model": "llava-hf/llava-1.5-7b-hf"} | {name: config[name] for name in config if name not in ("shards", "gpu", "retries")}
 CHECKPOINT = Path(GIVEN["model"]).name if Path(GIVEN["model"]).is_dir() else GIVEN["model"].replace("/", "_")
 REFCOCO = {"refcoco": ["val", "testA", "testB"], "refcoco+": ["val", "testA", "testB"], "refcocog": ["val", "test"]}
 SETS = {GIVEN["dataset"]: REFCOCO.get(GIVEN["dataset"], ["val"])} if "dataset" in GIVEN else REFCOCO
@@ -205,6 +205,7 @@ rule real_checkpoints:
                                                     "shard": shard(wildcards), "out": REAL}),
     resources:
         gpu=config.get("gpu", 1),
+    retries: int(config.get("retries", 2))  # each goes on from the parts of the one before it
     shell:
         "mkdir -p {REAL} && papermill notebooks/12_real_checkpoints.ipynb {params.log} -k python3 --log-output"
         " -y {params.given:q}"

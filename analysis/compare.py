@@ -130,19 +130,21 @@ def _points(pairs: pd.DataFrame) -> str:
 def compare(model: Model, dataset: RecDataset, pruners: Sequence[str], out: Path | None = None, **options) -> Path:
     """Do all of it and print the tables; the folder with rows.parquet, accuracies.csv, differences.csv, gap.csv and
     figure.pdf and .png. options: of `rows`."""
+    from analysis import style
+
     out = out or folder(pruners, dataset)
     scored = rows(model, dataset, pruners, out, **options)
     table, setting = accuracies(scored), one_setting(scored)
     shares = ["accuracy", "low", "high", "retention", "token_share", "invalid"]
     shown = percent(table, shares)[[*CELL, *shares, "n"]].round(dict.fromkeys(shares, 1)).to_string(index=False)
     print(f"\n{setting}; per cent, 95 % intervals clustered by image\n{shown}")
-    table.to_csv(out / "accuracies.csv", index=False, float_format="%.6g")
+    style.write_csv(out / "accuracies.csv", table)
     if len(pairs := differences(scored)):
-        pairs.to_csv(out / "differences.csv", index=False, float_format="%.6g")
+        style.write_csv(out / "differences.csv", pairs)
         print(f"\n{pruners[0]} minus each other method, in points, paired over expressions\n{_points(pairs)}")
     if {"compact", "original"} <= set(scored.loc[scored["pruner"] != "none", "ids"]):
         pairs = gap_pairs(scored)
-        pairs.to_csv(out / "gap.csv", index=False, float_format="%.6g")
+        style.write_csv(out / "gap.csv", pairs)
         print(f"\noriginal (GAP) minus compact IDs, in points, paired over expressions\n{_points(pairs)}")
     figure = draw(table, setting)
     figure.savefig(out / "figure.pdf", metadata={"CreationDate": None, "Producer": None, "Creator": None})

@@ -273,6 +273,26 @@ def parts_folder(out: Path) -> Path:
     return out.with_name(f"{out.name}.parts")
 
 
+def check_progress(out: Path, done: int) -> None:
+    """Under Slurm, count the starts of a run that have finished no piece of work since the one before.
+
+    done: pieces finished now. RuntimeError at the third such start in a row: a job that runs out of time but advances
+    may start as often as it needs, one that does not advance stops before it takes hours again.
+    """
+    if "SLURM_JOB_ID" not in os.environ:
+        return
+    note = parts_folder(out) / "starts.json"
+    before, idle = json.loads(note.read_text()) if note.is_file() else (-1, 0)
+    idle = 0 if done > before else idle + 1
+    if idle > 2:
+        raise RuntimeError(
+            "three starts of this job in a row have finished no piece of work; see their logs. To try again, remove "
+            f"{note}"
+        )
+    note.parent.mkdir(parents=True, exist_ok=True)
+    note.write_text(json.dumps([done, idle]))
+
+
 def merge(out: Path, parts: Iterable[Path], provenance: dict[str, Any]) -> pd.DataFrame:
     """Write the rows of the parts, in the order given, to `out`, and return them."""
     _write(out, (_opened(part)[0].read() for part in parts), provenance)
@@ -284,8 +304,8 @@ def remove_parts(out: Path, parts: Iterable[Path]) -> None:
     for part in parts:
         part.unlink(missing_ok=True)
     folder = parts_folder(out)
-    for torn in folder.glob("*.tmp"):
-        torn.unlink()
+    for other in (*folder.glob("*.tmp"), *folder.glob("starts.json")):
+        other.unlink()
     if left := len(list(folder.glob("*.parquet"))):
         print(f"{left} parts of other keys stay in {folder}; python -m analysis clean lists and removes such parts")
     elif folder.exists():

@@ -91,6 +91,18 @@ def accuracy_cell(row: pd.Series) -> str:
     return f"{100 * row['accuracy']:.1f} ±{50 * (row['high'] - row['low']):.1f}{mark}"
 
 
+def write_csv(path: Path, table: pd.DataFrame) -> None:
+    """Write a table as CSV. A text that a spreadsheet would run as a formula gets an apostrophe before it."""
+    texts = table.select_dtypes(exclude="number").columns
+    safe = {
+        name: [
+            f"'{cell}" if isinstance(cell, str) and cell[:1] in "=+-@\t\r" and cell else cell for cell in table[name]
+        ]
+        for name in texts
+    }
+    table.assign(**safe).to_csv(path, index=False, float_format="%.6g")
+
+
 def save_table(
     name: str, shown: pd.DataFrame, tidy: pd.DataFrame, bold: pd.DataFrame | None = None, smoke: bool = False
 ) -> Styler:
@@ -114,5 +126,5 @@ def save_table(
     tex = styled("latex").to_latex(hrules=True, convert_css=True, multicol_align="c")
     (folder / f"{name}.tex").write_text(tex)
     (folder / f"{name}.html").write_text(html.to_html(doctype_html=True))
-    tidy.to_csv(folder / f"{name}.csv", index=False, float_format="%.6g")
+    write_csv(folder / f"{name}.csv", tidy)
     return html

@@ -129,3 +129,15 @@ def test_two_processes_on_the_same_rows(whole, tiny, tiny_folder, tmp_path):
     codes = [process.returncode for process in both]
     assert 0 in codes and all(code == 0 or "another process is working on" in text for code, text in zip(codes, said))
     pd.testing.assert_frame_equal(results.read_rows(out), whole)
+
+
+def test_a_slurm_job_that_does_not_advance_stops_and_one_that_does_goes_on(tmp_path, monkeypatch):
+    out = tmp_path / "rows.parquet"
+    for _ in range(9):
+        results.check_progress(out, 0)  # not under Slurm: as often as somebody likes
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    for done in (0, 3, 3, 3, 4, 4, 4, 9):  # runs out of time again and again
+        results.check_progress(out, done)
+    results.check_progress(out, 9), results.check_progress(out, 9)
+    with pytest.raises(RuntimeError, match="three starts of this job in a row .*remove .*starts.json"):
+        results.check_progress(out, 9)

@@ -60,3 +60,13 @@ def test_accuracy_cell_marks_what_gap_changes_and_nothing_else():
         row.replace({0.001: 0.2}),
     ):
         assert style.accuracy_cell(other) == "56.6 ±2.5"
+
+
+def test_a_spreadsheet_runs_nothing_of_a_table(tmp_path):
+    table = pd.DataFrame(
+        {"expression": ["=1+1", "+cmd|' /C calc'!A0", "-2", "@x", "cat", "", None], "value": [-1.0] * 7}
+    )
+    style.write_csv(tmp_path / "t.csv", table)
+    read = pd.read_csv(tmp_path / "t.csv")
+    assert read["expression"].tolist()[:5] == ["'=1+1", "'+cmd|' /C calc'!A0", "'-2", "'@x", "cat"]
+    assert (read["value"] == -1).all()

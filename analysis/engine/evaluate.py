@@ -73,9 +73,10 @@ def check_cells(grid: Sequence[Cell]) -> None:
         find_pruner(cell.pruner)
         parse_spec(cell.order, ORDERS)
         parse_spec(cell.ids)
-        if cell.keep is not None and not (isinstance(cell.keep, int | float) and 0 < cell.keep <= 1):
+        number = isinstance(cell.keep, int | float) and not isinstance(cell.keep, bool)
+        if cell.keep is not None and not (number and 0 < cell.keep <= 1):
             raise ValueError(f"keep ratio must be in (0, 1], got {cell.keep!r}; give a share such as 0.25")
-        if not isinstance(cell.seed, int) or cell.seed < 0:
+        if not isinstance(cell.seed, int) or isinstance(cell.seed, bool) or cell.seed < 0:
             raise ValueError(f"a seed must be an integer >= 0, got {cell.seed!r}")
 
 
@@ -557,6 +558,7 @@ def _run(run: Run) -> pd.DataFrame:
     sizes = [sum(map(len, block)) for block in blocks]
     parts = {piece: _part(run, piece[0], pd.concat(blocks[piece[0]]), piece[1]) for piece in mine}
     todo = [piece for piece in mine if results.finished(*parts[piece]) != 0]  # absent, or with failed rows
+    results.check_progress(run.out, len(mine) - len(todo))
     bar.reset(total=sum(sizes[number] for number, _ in mine))
     bar.n = bar.initial = bar.total - sum(sizes[number] for number, _ in todo)  # not counted in speed and time left
 

@@ -151,6 +151,8 @@ def pruner(spec: str) -> Method:
         if not valid:
             raise ValueError(f"pruner {name!r} takes no options, got {spec!r}")
         pick(valid, option, f"option of pruner {name!r}")
+        if option in options:
+            raise ValueError(f"option {option!r} stands twice in {spec!r:.100}")
         try:
             options[option] = yaml.safe_load(value)
         except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
