@@ -100,7 +100,7 @@ def by_generate(model: models.Model, folder: Path) -> ByGenerate:
         model.revision,
         str(model.device),
         rec=model.rec.removeprefix("<image>\n"),
-        dialect=model.box_format,
+        box_format=model.box_format,
         frame=model.frame,
         max_new_tokens=model.max_new_tokens,
     )

@@ -36,7 +36,7 @@ EXTRA: dict[str, tuple[list[str], list[str], str]] = {
 
 
 def build(family: str = "llava") -> PreTrainedTokenizerFast:
-    """A tokenizer for the prompts and answers of a family, a name in `models.FAMILIES`."""
+    """A tokenizer for the prompts and answers of a family, a name in `EXTRA`."""
     special, pieces, text = EXTRA[family]
     # a question follows a line break in LLaVA, so its first piece carries no space
     refer = REC_QUESTION.removesuffix(" {}")
