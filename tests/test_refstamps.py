@@ -9,7 +9,18 @@ import pytest
 from analysis.rec import datasets
 from analysis.rec.scoring import check_boxes
 from analysis.refstamps import grammar
-from analysis.refstamps.scenes import OVERLAP, SPLITS, covered, heldout_region, is_eval_combination, region, scene
+from analysis.refstamps.scenes import (
+    FIRST,
+    OVERLAP,
+    SECOND,
+    SPLITS,
+    covered,
+    heldout_region,
+    heldout_stamps,
+    is_eval_combination,
+    region,
+    scene,
+)
 from analysis.refstamps.stamps import colours, nouns, plural, stamps
 
 VAL = [scene("val", i) for i in range(80)]
@@ -20,16 +31,37 @@ def test_enough_to_say():
     assert {s.kind for s in stamps()} == {"animate", "thing"}
 
 
-def test_scenes_are_the_same_on_every_machine():
+@pytest.mark.parametrize(
+    ("edition", "splits", "expected"),
+    [
+        (FIRST, SPLITS[:-1], "6afda6fb268d1757fa9fe25684a8839887bea52468b80c847c2ea6f434e1342a"),
+        (SECOND, SPLITS, "0c67ee491df4d8ff2126409bd699fb17e0b90c1c51615ec72528dca43e17d614"),
+    ],
+    ids=["first", "second"],
+)
+def test_scenes_are_the_same_on_every_machine(edition, splits, expected):
     digest = hashlib.sha256()
-    for split in SPLITS:
+    for split in splits:
         for index in range(3):
-            drawn = scene(split, index)
+            drawn = scene(split, index, edition=edition)
             digest.update(repr((drawn.size, [(o.stamp.file, o.box) for o in drawn.objects])).encode())
             digest.update(drawn.image.tobytes())
             for name in grammar.SETS:
                 digest.update(repr(grammar.expressions(drawn, name)).encode())
-    assert digest.hexdigest() == "6afda6fb268d1757fa9fe25684a8839887bea52468b80c847c2ea6f434e1342a"
+    assert digest.hexdigest() == expected
+
+
+def test_heldout_stamps_are_shown_only_in_their_split():
+    kept = {stamps()[i].file for i in heldout_stamps()}
+    assert 10 < len(kept) < len(stamps()) / 4
+    for split in SPLITS[:-1]:
+        shown = {o.stamp.file for i in range(25) for o in scene(split, i, edition=SECOND).objects}
+        assert not shown & kept
+    for i in range(25):
+        files = [o.stamp.file in kept for o in scene("stamps", i, edition=SECOND).objects]
+        assert files[0] and not any(files[1:])
+    with pytest.raises(ValueError, match="holds no stamps out"):
+        scene("stamps", 0)
 
 
 def test_sizes_go_from_4_3_to_3_4_and_boxes_are_tight_and_hardly_overlap():
@@ -45,7 +77,8 @@ def test_sizes_go_from_4_3_to_3_4_and_boxes_are_tight_and_hardly_overlap():
 def test_no_combination_of_stamps_is_shared_by_training_and_evaluation():
     """Stronger than no twin: whatever the mirroring, scaling or layout, the stamps themselves never come together."""
     combination = {
-        split: {tuple(sorted(o.stamp.file for o in scene(split, i).objects)) for i in range(40)} for split in SPLITS
+        split: {tuple(sorted(o.stamp.file for o in scene(split, i).objects)) for i in range(40)}
+        for split in SPLITS[:-1]
     }
     index = {s.file: i for i, s in enumerate(stamps())}
     for split, seen in combination.items():

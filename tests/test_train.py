@@ -1,104 +1,166 @@
 """The training scripts: packed rows equal single questions, prompts are the adapters', runs resume."""
 
 import csv
-import sys
 
 import numpy as np
 import pytest
 import torch
-from transformers import AttentionInterface, LlamaConfig, LlamaModel
+from transformers import AttentionInterface, CLIPModel, LlamaConfig, LlamaModel
 
 from analysis import models
-from analysis.models.stem import StemClip, clip_config
+from analysis.engine.decode import for_decoder
+from analysis.positions import sequence_positions
 from analysis.pruning import PRUNERS
 from analysis.pruning.images import prune_images
-from analysis.rec.boxes import BOX_FORMATS, FRAMES
+from analysis.rec.boxes import BOX_FORMATS, frame
 from analysis.refstamps import grammar
 from analysis.refstamps.scenes import scene
-from analysis.training import contrast, grow, instruct, loop, train
+from analysis.training import contrast, design, grow, imitate, instruct, loop, stream, train
 from analysis.training.tokenizer import build
+from analysis.types import Ids
 
-NAMES = ["tiny-llava", "tiny-llava-next", "tiny-shikra", "tiny-minigpt-v2"]
+NAMES = list(design.FAMILY)
 
 
 @pytest.fixture(scope="module")
-def random_clip():
+def towers():
     torch.manual_seed(0)
-    clip = StemClip(clip_config(len(build()))).eval()
-    for statistics in (buffer for name, buffer in clip.named_buffers() if "running" in name):
-        statistics.uniform_(0.5, 2)
-    return clip
+    vision = CLIPModel(design.clip_config(len(build()))).vision_model.eval()
+    return {None: vision} | {stage: student.build(vision.config).eval() for stage, student in imitate.STUDENTS.items()}
 
 
 @pytest.fixture(scope="module", params=NAMES)
-def tiny_model(request, random_clip, tmp_path_factory):
+def tiny_model(request, towers, tmp_path_factory):
     torch.manual_seed(0)
-    return instruct.build(request.param, random_clip, tmp_path_factory.mktemp("folder") / request.param)[1]
+    tower = design.TOWER.get(design.family_of(request.param))
+    return design.build(request.param, towers[tower], tmp_path_factory.mktemp("folder") / request.param)[1]
 
 
-def some_rows(model, scenes, alone=False):
-    """Rows of questions on scenes, ready to be packed."""
-    drawn = [scene("train", i) for i in scenes]
-    seen = instruct.views(model, [s.image for s in drawn])
+def drawn_rows(model, numbers, single=False):
+    """What the workers write and the tower sees of some scenes: image tokens, which are valid, and questions."""
+    drawn, writer = [scene("train", i) for i in numbers], instruct.Writer(model)
+    pixels = torch.stack([writer.pixels(s) for s in drawn])
+    seen = instruct.views(model, pixels, torch.tensor([s.size for s in drawn]))
+    if single:
+        room = instruct.room(model)
+        items = [writer.single(s, np.random.default_rng(i), 2, room) for i, s in zip(numbers, drawn)]
+        asked = instruct.Blocks(*(torch.stack([i[f"single_{n}"] for i in items]) for n in instruct.Blocks._fields))
+        prefix, before = (torch.stack([i[f"single_{n}"] for i in items]) for n in ("prefix", "before"))
+    else:
+        asked = [writer.packed(s, np.random.default_rng(i), 4) for i, s in zip(numbers, drawn)]
+        asked = instruct.Blocks(*map(torch.stack, zip(*asked)))
+        table, lengths = instruct.prefixes(model, np.random.default_rng(0))
+        prefix, before = table[: len(drawn)], lengths[: len(drawn)]
     with torch.no_grad():
-        return [
-            (prefix, instruct.connected(model, v), blocks)
-            for i, s, v in zip(scenes, drawn, seen)
-            for prefix, blocks in instruct.asked(model, s, np.random.default_rng(i), 4, alone)
-        ]
+        image = instruct.connected(model, seen["seen"], seen["kind"])
+    return prefix, before, image, seen, asked
 
 
-def states(model, rows):
-    """Hidden states that predict answers, their labels, position IDs and the length of what the blocks share."""
+def states(model, prefix, before, image, seen, asked):
+    """Hidden states that predict answers, and the tokens that they are to predict."""
     with torch.no_grad():
-        embeds, positions, mask, labels, context = instruct.packed(rows, model.embed)
-        found = model.decoder(inputs_embeds=embeds, position_ids=positions, attention_mask=mask, use_cache=False)
-    return found.last_hidden_state[:, context:][labels != -100], labels[labels != -100], positions, context
+        embeds, positions, mask, labels = instruct.packed(model.embed, prefix, before, image, seen, asked)
+        found = model.decoder(
+            inputs_embeds=embeds, position_ids=for_decoder(positions), attention_mask=mask, use_cache=False
+        )
+    return found.last_hidden_state[:, -labels.shape[1] :][labels != -100], labels[labels != -100]
 
 
 def test_packed_blocks_equal_single_questions(tiny_model):
     """Each question sees what comes before it, the image and itself, at the position IDs it would have alone."""
-    rows = some_rows(tiny_model, [0, 3])  # of two sizes
-    together, labels, _, _ = states(tiny_model, rows)
-    single = [states(tiny_model, [(prefix, image, [one])]) for prefix, image, blocks in rows for one in blocks]
-    assert torch.equal(labels, torch.cat([s[1] for s in single]))
-    torch.testing.assert_close(together, torch.cat([s[0] for s in single]), atol=5e-5, rtol=1e-3)
-    assert all(torch.equal(s[2], torch.arange(s[2].shape[1])[None]) for s in single)
+    prefix, before, image, seen, asked = drawn_rows(tiny_model, [0, 3, 6])  # of several sizes
+    together, labels = states(tiny_model, prefix, before, image, seen, asked)
+    valid = seen["kind"] > 0
+    single, wanted = [], []
+    for row in range(len(prefix)):
+        tokens = torch.cat([tiny_model.embed(prefix[row, -int(before[row]) :].long()), image[row, valid[row]]])
+        for ids, question, length in zip(*(part[row] for part in asked)):
+            ids = ids[: int(length)].long()
+            embeds = torch.cat([tokens, tiny_model.embed(ids)])[None]
+            own = Ids(seen["place"][row, valid[row]].long().squeeze(-1), int(seen["text_start"][row]), 0)
+            places = sequence_positions(int(before[row]), own, len(ids))[None]
+            with torch.no_grad():
+                found = tiny_model.decoder(inputs_embeds=embeds, position_ids=for_decoder(places), use_cache=False)
+            found = found.last_hidden_state[0, len(tokens) :]
+            single.append(found[int(question) - 1 : -1])
+            wanted.append(ids[int(question) :])
+    assert torch.equal(labels, torch.cat(wanted))
+    torch.testing.assert_close(together, torch.cat(single), atol=5e-5, rtol=1e-3)
     # the label of a state is the next token, and an answer ends with </s>
-    assert (labels == tiny_model.eos).sum() == len(single) > len(rows)
+    assert (labels == tiny_model.eos).sum() == len(single) > len(prefix)
 
 
 def test_training_rows_are_evaluation_prompts(tiny_model):
     """What is trained on is what `evaluate` feeds: the tokens of the prompt and of the unpruned image."""
-    drawn = scene("train", 0)
-    ((prefix, image, [(suffix, answer)]),) = some_rows(tiny_model, [0], alone=True)
-    found = grammar.rec_question(drawn, np.random.default_rng(0))
-    expected = tiny_model.prompt(found[0])
-    assert (prefix.tolist(), suffix) == (expected[0].tolist(), expected[1].tolist())
-    whole = prune_images(PRUNERS["none"], tiny_model.encode([drawn.image]), None, [0])[0].features
-    torch.testing.assert_close(image, whole, atol=2e-2, rtol=2e-2)  # features are kept in half precision
+    drawn, writer = scene("train", 0), instruct.Writer(tiny_model)
+    expression, truth = grammar.rec_question(drawn, np.random.default_rng(0))
+    first, then = tiny_model.prompt(expression)
+    if instruct.asks_first(tiny_model):
+        made = writer.single(drawn, np.random.default_rng(0), 1, instruct.room(tiny_model))
+        prefix = made["single_prefix"][0, -int(made["single_before"]) :]
+        asked = instruct.Blocks(made["single_ids"], made["single_asked"], made["single_length"])
+    else:
+        table, lengths = instruct.prefixes(tiny_model, np.random.default_rng(0))
+        assert len(lengths.unique()) > 10 and lengths.max() <= instruct.room(tiny_model)
+        prefix = table[lengths.argmin(), -int(lengths.min()) :]
+        answer = writer.box(drawn, 0)
+        asked = instruct.blocks([writer.tokens(tiny_model.prompt(expression), writer.box(drawn, 0))[1:]], 64)
+        truth = grammar.answer_box(drawn, 0)
+        assert answer
+    ids, question, length = (part[0] for part in asked)
+    assert prefix.tolist() == first.tolist() and ids[: int(question)].tolist() == then.tolist()
+    answer = ids[int(question) : int(length)].tolist()
     box = BOX_FORMATS[tiny_model.box_format].parse(tiny_model.text(answer))
-    truth = BOX_FORMATS["llava"].parse(found[1])
     size = np.array(drawn.size)
-    decoded = FRAMES[tiny_model.frame].decode(box, size) - FRAMES["padded"].decode(truth, size)
+    decoded = frame(tiny_model.frame).decode(box, size) - frame("padded").decode(
+        BOX_FORMATS["llava"].parse(truth), size
+    )
     assert abs(decoded).max() <= 0.011 * size.max()
-    assert tiny_model.tokenizer.unk_token_id not in [*prefix.tolist(), *suffix, *answer]
+    assert tiny_model.tokenizer.unk_token_id not in [*prefix.tolist(), *ids[: int(length)].tolist()]
+    whole = prune_images(PRUNERS["none"], tiny_model.encode([drawn.image]), None, [0])[0].features
+    _, _, image, seen, _ = drawn_rows(tiny_model, [0])
+    torch.testing.assert_close(image[0, seen["kind"][0] > 0], whole, atol=5e-2, rtol=5e-2)  # kept in half precision
 
 
 def test_packed_attention_is_attention(tiny_model):
     """The attention written out for training on CPU against PyTorch's own, on rows of unequal length."""
-    rows, decoder = some_rows(tiny_model, [0, 3]), tiny_model.decoder
-    expected = states(tiny_model, rows)[0]
+    rows, decoder = drawn_rows(tiny_model, [0, 3]), tiny_model.decoder
+    expected = states(tiny_model, *rows)[0]
     attention = instruct.PackedAttention()
-    attention.context = states(tiny_model, rows)[3]
+    attention.context = rows[0].shape[1] + rows[2].shape[1]
     AttentionInterface.register("packed", attention)
     decoder.set_attn_implementation("packed")
     try:
-        assert torch.equal(states(tiny_model, rows)[0], expected)  # in evaluation it is PyTorch's
+        assert torch.equal(states(tiny_model, *rows)[0], expected)  # in evaluation it is PyTorch's
         decoder.train()
-        torch.testing.assert_close(states(tiny_model, rows)[0], expected, atol=5e-5, rtol=1e-3)
+        torch.testing.assert_close(states(tiny_model, *rows)[0], expected, atol=5e-5, rtol=1e-3)
     finally:
         decoder.eval().set_attn_implementation("sdpa")
+
+
+def test_the_pool_replaces_the_oldest():
+    scenes = stream.Scenes(lambda drawn, rng: dict(number=torch.tensor(drawn.index)), seed=1, start=4, easy=100)
+    pool = stream.Pool(scenes, 6, 2, 0, lambda items: items)
+    first = stream.SEEDS + 4
+    assert pool.filled == 2 and pool.items["number"][:2].tolist() == [first, first + 1]
+    kept = pool.items["number"]
+    for _ in range(3):
+        pool.refresh()
+    assert kept.tolist() == [first + 6, first + 7, *range(first + 2, first + 6)]
+    assert pool.drawn == 12 and pool.filled == 6
+
+
+@torch.no_grad()
+def test_begin_as_keeps_what_is_shared(towers, tmp_path):
+    """A linear connector starts as the least-squares fit of the other's; what two models share computes the same."""
+    torch.manual_seed(0)
+    llava, shikra = (design.build(name, towers[None], tmp_path / name)[1] for name in ("tiny-llava", "tiny-shikra"))
+    instruct.begin_as(shikra, llava)
+    words = torch.arange(10)[None]
+    assert torch.equal(shikra.decoder(input_ids=words)[0], llava.decoder(input_ids=words)[0])
+    pictures = [llava.squared(scene("train", i).image) for i in range(4)]
+    found, wanted = (model.encode(pictures).features for model in (shikra, llava))
+    assert (found - wanted).var() < 0.2 * wanted.var()
 
 
 @torch.no_grad()
@@ -139,21 +201,27 @@ def test_patch_labels_cover_the_boxes():
     classes = {name: i for i, name in enumerate(["", *contrast.names()])}
     labels = contrast.patch_labels(drawn, classes)
     assert set(labels) - {0} <= {classes[f"{o.colour} {o.noun}".strip()] for o in drawn.objects}
-    area = sum(o.area for o in drawn.objects) / 16**2
+    area = sum(o.area for o in drawn.objects) / design.PATCH**2
     assert 0.6 * area < (labels > 0).sum() < 1.4 * area
 
 
 def test_training_resumes_and_exports(tmp_path, monkeypatch):
+    """Every kind of stage, in the order of the real thing: a CLIP, a LLaVA on it, another tower, a model that begins as
+    it."""
     checkpoints = tmp_path / "checkpoints"
-    checkpoints.mkdir()
-    (checkpoints / "tiny-clip").symlink_to(loop.CHECKPOINTS / "tiny-clip")
     monkeypatch.setattr(loop, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(loop, "CHECKPOINTS", checkpoints)
-    small = "--batch 2 --questions 2 --pool 4 --fresh 2 --log 1 --evaluate 100 --device cpu --start tiny-llava".split()
-    monkeypatch.setattr(loop, "HELD_OUT", 2)
+    monkeypatch.setattr(loop, "BEGUN", tmp_path)
+    common = "--batch 2 --pool 4 --fresh 2 --log 1 --evaluate 100 --device cpu --workers 0 --held-out 2".split()
+    train.main(["tiny-clip", "--steps", "1", *common])
+    train.main(["tiny-llava", "--steps", "1", "--questions", "2", *common])
+    train.main(["tiny-eva", "--steps", "1", *common])
+    start = ["--start", "tiny-llava"]
+    train.main(["tiny-minigpt-v2", "--steps", "1", "--questions", "2", *start, *common])
+    train.main(["tiny-qwen-tower", "--steps", "1", *common])
+    train.main(["tiny-qwen2.5-vl", "--steps", "1", "--questions", "2", *start, *common])
     for steps in ("2", "3"):
-        monkeypatch.setattr(sys, "argv", ["train", "tiny-shikra", "--steps", steps, *small])
-        train.main()
+        train.main(["tiny-shikra", "--steps", steps, "--questions", "2", *start, *common])
     with open(tmp_path / "runs/tiny-shikra/log.csv", newline="") as f:
         rows = list(csv.DictReader(f))
     assert [row["step"] for row in rows] == ["1", "2", "3"]
@@ -162,3 +230,13 @@ def test_training_resumes_and_exports(tmp_path, monkeypatch):
     loaded = models.load(checkpoints / "tiny-shikra", device="cpu")
     assert loaded.prompt_text("x").index("x") < loaded.prompt_text("x").index("<im_patch>")
     assert (checkpoints / "tiny-shikra/model.safetensors").stat().st_size < 25e6
+    assert models.load(checkpoints / "tiny-qwen2.5-vl", device="cpu").layout((192, 160)) == (13, 16)
+    assert models.load(checkpoints / "tiny-minigpt-v2", device="cpu").grid == (design.GRID, design.GRID // 4)
+
+
+def test_a_run_can_be_bounded_by_time():
+    class Args:
+        lr, decay = 1.0, 0.5
+
+    assert loop.rate(0, 0.0, Args) == 1 / loop.WARM_UP and loop.rate(10**6, 0.4, Args) == 1.0
+    assert loop.rate(10**6, 0.75, Args) == 0.5 and loop.rate(10**6, 1.0, Args) == 0.0

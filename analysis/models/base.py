@@ -128,7 +128,11 @@ class Model(LanguageModel):
     @torch.inference_mode()
     def encode(self, images: Sequence[Image.Image]) -> VisualTokens:
         """Encode B >= 1 images of one `layout` once, with the signals of `types.Signals` that need no text."""
-        signals = self.look(self.pixels(images))
+        return self.see(self.pixels(images), images[0].size)
+
+    def see(self, pixels: Tensor, size: tuple[int, int]) -> VisualTokens:
+        """`encode` from the tower's input on; size: width and height of one of the images, all of one `layout`."""
+        signals = self.look(pixels)
         return VisualTokens(self.connector(signals.patches), self.grid, signals, self.connector)
 
     def look(self, pixels: Tensor) -> Signals:

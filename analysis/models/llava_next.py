@@ -64,11 +64,14 @@ class LlavaNext(base.Model):
 
     @torch.inference_mode()
     def encode(self, images: Sequence[Image.Image]) -> VisualTokens:
-        index, tiles = self.mosaic(images[0].size)
         if len({self.layout(image.size) for image in images}) > 1:
             raise ValueError("images of several layouts cannot be encoded in one batch; see `layout`")
-        views = self.look(self.pixels(images).flatten(0, 1))
-        first = torch.arange(len(images), device=self.device) * (1 + tiles)
+        return super().encode(images)
+
+    def see(self, pixels: Tensor, size: tuple[int, int]) -> VisualTokens:
+        index, tiles = self.mosaic(size)
+        views = self.look(pixels.flatten(0, 1))
+        first = torch.arange(len(pixels), device=self.device) * (1 + tiles)
         features, place = self.connector(views.patches), index.flatten().to(self.device)
 
         def laid(tokens: Tensor) -> Tensor:

@@ -59,19 +59,26 @@ class Qwen2_5VL(base.Model):
         width, height = resized_to_tokens(size, side, sizes["shortest_edge"], sizes["longest_edge"])
         return height // side, width // side
 
+    def pixels(self, images: Sequence[Image.Image]) -> Tensor:
+        """Input of the tower, [B, patches, values of a patch], for images of one layout."""
+        seen = self.processor([image.convert("RGB") for image in images], return_tensors="pt")
+        return seen.pixel_values.unflatten(0, (len(images), -1)).to(self.device, self.dtype)
+
     @torch.inference_mode()
     def encode(self, images: Sequence[Image.Image]) -> VisualTokens:
-        grid = self.layout(images[0].size)
-        if any(self.layout(image.size) != grid for image in images):
+        if len({self.layout(image.size) for image in images}) > 1:
             raise ValueError("images of several layouts cannot be encoded in one batch; see `layout`")
-        seen = self.processor([image.convert("RGB") for image in images], return_tensors="pt")
-        grids = seen.image_grid_thw.to(self.device)
-        output = self.tower(seen.pixel_values.to(self.device, self.dtype), grid_thw=grids)
+        return super().encode(images)
+
+    def see(self, pixels: Tensor, size: tuple[int, int]) -> VisualTokens:
+        grid, count, merge = self.layout(size), len(pixels), self.processor.merge_size
+        grids = torch.tensor([[1, *(merge * side for side in grid)]] * count, device=self.device)
+        output = self.tower(pixels[:, : merge**2 * grid[0] * grid[1]].flatten(0, 1), grid_thw=grids)
         patches = towers.merged_patches(self.tower, output.last_hidden_state, grids)
         return VisualTokens(
-            output.pooler_output.unflatten(0, (len(images), -1)),
+            output.pooler_output.unflatten(0, (count, -1)),
             grid,
-            Signals(patches=lambda: patches.unflatten(0, (len(images), -1))),
+            Signals(patches=lambda: patches.unflatten(0, (count, -1))),
             towers.merger(self.tower),
             ids=towers.grid_ids(*grid, device=self.device),
         )

@@ -1,17 +1,24 @@
 """RefStamps scenes: photographs of objects on procedural backgrounds, drawn from a seed.
 
-`scene(split, index)` always draws the same picture. Two rules keep training and evaluation apart (design: no leaks):
+`scene(split, index)` always draws the same picture. Three rules keep training and evaluation apart:
 
 - Every multiset of stamps belongs to one side by its hash: an evaluation scene's combination of stamps never occurs in
   training, so no scene of an evaluation split has a mirrored, rescaled or re-arranged twin there.
 - Each noun has one of nine regions of the canvas, `heldout_region(noun)`, in which it never stands in any split but
   "heldout", whose targets all stand there: that split measures generalisation to unseen noun-by-location pairs.
+- In the second edition one stamp of every noun that has three or more, `heldout_stamps()`, is shown in no split but
+  "stamps", whose targets all are such stamps: that split measures generalisation to pictures never seen.
+
+The embedded models were trained on the first edition, and evaluation draws it; models for the second, whose objects are
+larger, are in training (`analysis.training`), and it will then take the first one's place.
 """
 
 from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass, field
+from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageEnhance
@@ -19,10 +26,29 @@ from PIL import Image, ImageEnhance
 from analysis.refstamps.stamps import Stamp, nouns, picture, stamps
 
 SIZES = ((192, 144), (192, 160), (192, 192), (160, 192), (144, 192))  # width, height in pixels: 4:3 to 3:4
-SPLITS = ("train", "val", "testA", "testB", "test", "heldout")  # a scene's seed is (its split's place here, index)
+# a scene's seed is (its split's place here, index)
+SPLITS = ("train", "val", "testA", "testB", "test", "heldout", "stamps")
 EVAL_SHARE = 16  # one combination of stamps in sixteen is kept for evaluation
-OBJECTS = (3, 6)  # objects per scene, least and most
-LONGEST = (0.22, 0.46)  # longer side of an object, as a share of the canvas's longer side
+
+
+class Edition(NamedTuple):
+    """How scenes are composed.
+
+    objects: per scene, least and most; smallest: longer side of an object as a share of the canvas's longer side, at
+    least; largest: at most, by the number of objects; copies: chances of 1, 2 and 3 of a kind; held_out: whether some
+    stamps are kept for the split "stamps".
+    """
+
+    objects: tuple[int, int]
+    smallest: float
+    largest: dict[int, float]
+    copies: tuple[float, float, float]
+    held_out: bool
+
+
+FIRST = Edition((3, 6), 0.22, {count: 0.46 for count in range(1, 6)} | {6: 0.38}, (0.5, 0.3, 0.2), False)
+# On a grid of 16 x 16 tokens an object covers some 10 to 50 of them, so that a quarter of the tokens still shows it.
+SECOND = Edition((3, 5), 0.28, {1: 0.5, 2: 0.5, 3: 0.5, 4: 0.44, 5: 0.38}, (0.4, 0.35, 0.25), True)
 OVERLAP = 0.12  # largest share of an object's box that another box may cover
 MARGIN = 3  # pixels kept free at the border
 
@@ -88,17 +114,39 @@ def heldout_region(noun: str) -> int:
     return zlib.crc32(noun.encode()) % 9
 
 
-def choose(rng: np.random.Generator, count: int, kind: str | None) -> list[int]:
-    """Stamp indices of one scene: a few nouns, some of them several times, so that a noun alone often does not do."""
+@cache
+def heldout_stamps() -> frozenset[int]:
+    """The last stamp of every noun that has three or more, as indices into `stamps()`."""
+    of: dict[str, list[int]] = {}
+    for i, stamp in enumerate(stamps()):
+        of.setdefault(stamp.noun, []).append(i)
+    return frozenset(found[-1] for found in of.values() if len(found) >= 3)
+
+
+@cache
+def shown(kind: str | None, held_out: bool) -> dict[str, list[int]]:
+    """The stamps that scenes are made of, by noun; kind: None takes all kinds; held_out: leave `heldout_stamps` out."""
     pool: dict[str, list[int]] = {}
     for i, stamp in enumerate(stamps()):
-        if kind in (None, stamp.kind):
+        if kind in (None, stamp.kind) and not (held_out and i in heldout_stamps()):
             pool.setdefault(stamp.noun, []).append(i)
+    return pool
+
+
+def choose(
+    rng: np.random.Generator, count: int, kind: str | None, edition: Edition, first: int | None = None
+) -> list[int]:
+    """Stamp indices of one scene: a few nouns, some of them several times, so that a noun alone often does not do.
+
+    first: the stamp that the scene begins with, which others of its noun may follow.
+    """
+    pool = shown(kind, edition.held_out)
     names = list(pool)
-    chosen: list[int] = []
+    chosen: list[int] = [] if first is None else [first]
     while len(chosen) < count:
-        noun = names[rng.integers(len(names))]
-        copies = 1 + int(rng.choice(3, p=(0.5, 0.3, 0.2)))  # 1, 2 or 3 of a kind
+        again = first is not None and len(chosen) == 1
+        noun = stamps()[first].noun if again else names[rng.integers(len(names))]
+        copies = 1 + int(rng.choice(3, p=edition.copies)) - again  # 1, 2 or 3 of a kind
         chosen += [int(rng.choice(pool[noun])) for _ in range(copies)]
     return chosen[:count]
 
@@ -137,7 +185,8 @@ def covered(box, other) -> float:
 
 
 def place(rng, shape, size, taken, noun: str, wanted: bool) -> tuple[int, int, int, int] | None:
-    """A free box of `shape` on the canvas, inside (wanted) or outside the noun's held-out region; None if none is found."""
+    """A free box of `shape` on the canvas, inside (wanted) or outside the noun's held-out region; None if none is
+    found."""
     for _ in range(30):
         x = int(rng.integers(MARGIN, size[0] - shape[0] - MARGIN + 1))
         y = int(rng.integers(MARGIN, size[1] - shape[1] - MARGIN + 1))
@@ -148,24 +197,28 @@ def place(rng, shape, size, taken, noun: str, wanted: bool) -> tuple[int, int, i
     return None
 
 
-def scene(split: str, index: int, count: int | None = None) -> Scene:
-    """Draw scene `index` of a split. count: number of objects wanted (default: 3 to 6); training mixes in easy ones.
+def scene(split: str, index: int, count: int | None = None, edition: Edition = FIRST) -> Scene:
+    """Draw scene `index` of a split. count: number of objects wanted (default: the edition's); training mixes in easy
+    ones.
 
     testA scenes hold people and animals only, testB things only, the others both. In "heldout" the first object
-    stands in its noun's held-out region.
+    stands in its noun's held-out region, in "stamps" it is a held-out stamp. Raises ValueError for "stamps" in an
+    edition that holds none out.
     """
     rng = rng_for(split, index)
+    if split == "stamps" and not edition.held_out:
+        raise ValueError("this edition of RefStamps holds no stamps out")
     kind = {"testA": "animate", "testB": "thing"}.get(split)
     while True:
         size = SIZES[rng.integers(len(SIZES))]
-        want = count or int(rng.integers(OBJECTS[0], OBJECTS[1] + 1))
-        chosen = choose(rng, want, kind)
+        want = count or int(rng.integers(edition.objects[0], edition.objects[1] + 1))
+        first = int(rng.choice(sorted(heldout_stamps()))) if split == "stamps" else None
+        chosen = choose(rng, want, kind, edition, first)
         if is_eval_combination(chosen) != (split != "train"):
             continue
-        largest = LONGEST[1] if want < 6 else 0.38
         placed: list[tuple[int, Image.Image, tuple]] = []
         for i in chosen:
-            image = vary(rng, i, float(rng.uniform(LONGEST[0], largest)) * max(size))
+            image = vary(rng, i, float(rng.uniform(edition.smallest, edition.largest[want])) * max(size))
             box = place(
                 rng,
                 image.size,

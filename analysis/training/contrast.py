@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 from torch.nn import functional as F
+from transformers import CLIPModel
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from analysis.models.stem import GRID, PATCH, StemClip, clip_config, project_patches
+from analysis.models.base import pad_to_square
+from analysis.models.llava import Llava
 from analysis.refstamps.grammar import caption
-from analysis.refstamps.scenes import Scene, scene
+from analysis.refstamps.scenes import Scene
 from analysis.refstamps.stamps import stamps
 from analysis.training import loop
+from analysis.training.design import GRID, PATCH, clip_config
+from analysis.training.stream import Item, Pool, Scenes, held_out
 from analysis.training.tokenizer import build as build_tokenizer
+
+CAPTION = 40  # tokens, at most
 
 
 def names() -> list[str]:
@@ -34,89 +44,109 @@ def patch_labels(drawn: Scene, classes: dict[str, int]) -> np.ndarray:
     return labels.ravel()
 
 
+def padded(drawn: Scene) -> Tensor:
+    """A scene as the tiny CLIP sees it: uint8 [3, IMAGE, IMAGE]. Scenes are IMAGE pixels on their longer side."""
+    return torch.from_numpy(np.array(pad_to_square(drawn.image, Llava.fill))).permute(2, 0, 1)
+
+
+def normalised(pixels: Tensor) -> Tensor:
+    """uint8 [B, 3, H, W] -> CLIP's normalised floats."""
+    mean, std = torch.tensor([OPENAI_CLIP_MEAN, OPENAI_CLIP_STD], device=pixels.device)[:, :, None, None]
+    return (pixels.float() / 255 - mean) / std
+
+
+def write(tokenizer, classes: dict[str, int], drawn: Scene, rng: np.random.Generator) -> Item:
+    """A scene as the worker sends it: pixels, three captions and their lengths, labels of the patches."""
+    said = [tokenizer(caption(drawn, rng) + "</s>", return_token_type_ids=False).input_ids[:CAPTION] for _ in range(3)]
+    ids = torch.zeros(3, CAPTION, dtype=torch.int16)
+    for row, tokens in zip(ids, said):
+        row[: len(tokens)] = torch.tensor(tokens, dtype=torch.int16)
+    return dict(
+        pixels=padded(drawn), captions=ids, lengths=torch.tensor([len(tokens) for tokens in said]),
+        labels=torch.from_numpy(patch_labels(drawn, classes)).to(torch.int16),
+    )  # fmt: skip
+
+
+def project_patches(clip: CLIPModel, hidden: Tensor) -> Tensor:
+    """Patches in CLIP's joint space, as [CLS] gets there. hidden: [B, 1 + N, C] last state -> [B, N, P], unit
+    length."""
+    patches = clip.visual_projection(clip.vision_model.post_layernorm(hidden[:, 1:]))
+    return F.normalize(patches, dim=-1)
+
+
 def train(args) -> None:
     """Contrastive on scenes and captions, plus patches against words, as in RegionCLIP (arXiv:2112.09106)."""
     tokenizer = build_tokenizer()
-    model = StemClip(clip_config(len(tokenizer))).to(args.device)
+    model = CLIPModel(clip_config(len(tokenizer))).to(args.device)
     classes = {name: i for i, name in enumerate(["", *names()])}
     prompts = tokenizer(
         [f"a photo of {name}".strip() + "</s>" for name in classes],
-        return_tensors="pt",
-        padding=True,
-        padding_side="right",
-        return_token_type_ids=False,
-    ).to(args.device)
+        return_tensors="pt", padding=True, padding_side="right", return_token_type_ids=False,
+    ).to(args.device)  # fmt: skip
+    weight = torch.full((len(classes),), 1.0, device=args.device)
+    weight[0] = 0.3  # most patches are background
 
-    def prepare(items):
-        return [
-            (torch.from_numpy(loop.padded(picture)), drawn, patch_labels(drawn, classes)) for drawn, picture in items
-        ]
-
-    def make_batches(start, step):
-        pool = loop.Pool(start, args.pool, args.fresh, args.workers, prepare, step)
-        rng = np.random.default_rng([13, step])
+    def feed(state):
+        scenes = Scenes(partial(write, tokenizer, classes), args.seed, state["scenes"], args.easy)
+        pool = Pool(scenes, args.pool, args.fresh * args.every, args.workers,
+                    lambda items: {name: value.to(args.device) for name, value in items.items()})  # fmt: skip
+        rng, step = np.random.default_rng([13, args.seed, state["step"]]), 0
         while True:
-            items = pool.sample(args.batch)
-            texts = [caption(drawn, rng) + "</s>" for _, drawn, _ in items]
-            pixels = torch.stack([p for p, _, _ in items])
-            labels = torch.from_numpy(np.stack([label for _, _, label in items]))
+            if step and step % args.every == 0:
+                pool.refresh()
+            step += 1
+            index = torch.from_numpy(rng.integers(pool.filled, size=args.batch)).to(args.device)
+            which = torch.from_numpy(rng.integers(3, size=args.batch)).to(args.device)
+            batch = {name: value[index] for name, value in pool.items.items()}
+            batch["captions"], batch["lengths"] = (batch[name][torch.arange(args.batch), which] for name in
+                                                   ("captions", "lengths"))  # fmt: skip
             if rng.random() < 0.5:  # captions say nothing of where: a mirrored scene has the same
-                pixels, labels = pixels.flip(-1), labels.view(-1, GRID, GRID).flip(-1).flatten(1)
-            yield (pixels, texts, labels), pool.drawn
+                batch["pixels"] = batch["pixels"].flip(-1)
+                batch["labels"] = batch["labels"].view(-1, GRID, GRID).flip(-1).flatten(1)
+            yield "contrast", batch, pool.drawn
 
-    def embed_text(tokens):
-        return F.normalize(model.get_text_features(**tokens).pooler_output, dim=-1)
+    def embed_text(ids, mask):
+        found = model.text_model(input_ids=ids, attention_mask=mask).pooler_output
+        return F.normalize(model.text_projection(found), dim=-1)
 
     def losses(batch):
-        pixels, texts, labels = batch
-        tokens = tokenizer(
-            texts, return_tensors="pt", padding=True, padding_side="right", return_token_type_ids=False
-        ).to(args.device)
-        labels = labels.to(args.device)
+        longest = int(batch["lengths"].max())
+        ids, labels = batch["captions"][:, :longest].long(), batch["labels"].long()
+        mask = (torch.arange(longest, device=ids.device) < batch["lengths"][:, None]).long()
         with loop.autocast(args.device):
-            seen = model.vision_model(pixel_values=loop.normalised(pixels.to(args.device)))
+            seen = model.vision_model(pixel_values=normalised(batch["pixels"]))
             image = F.normalize(model.visual_projection(seen.pooler_output), dim=-1)
             scale = model.logit_scale.exp().clamp(max=100)
-            pairs = (scale * image @ embed_text(tokens).T).float()
-            patches = (scale * project_patches(model, seen.last_hidden_state) @ embed_text(prompts).T).float()
+            pairs = (scale * image @ embed_text(ids, mask).T).float()
+            named = embed_text(prompts.input_ids, prompts.attention_mask)
+            patches = (scale * project_patches(model, seen.last_hidden_state) @ named.T).float()
         target = torch.arange(len(pairs), device=args.device)
         contrast = (F.cross_entropy(pairs, target) + F.cross_entropy(pairs.T, target)) / 2
-        weight = torch.full((len(classes),), 1.0, device=args.device)
-        weight[0] = 0.3  # most patches are background
         region = F.cross_entropy(patches.flatten(0, 1), labels.flatten(), weight=weight)
         foreground = labels > 0
-        right = (patches.argmax(-1) == labels)[foreground].float().mean()
+        right = ((patches.argmax(-1) == labels) & foreground).sum() / foreground.sum()
         retrieved = (pairs.argmax(-1) == target).float().mean()
-        return (
-            contrast,
-            region,
-            dict(contrast=contrast.item(), region=region.item(), patch=right.item(), retrieved=retrieved.item()),
-        )
-
-    def loss_of(batch):
-        contrast, region, numbers = losses(batch)
-        return contrast + 3 * region, numbers
-
-    held_out = [scene("train", 10**9 + i) for i in range(loop.HELD_OUT)]
+        return contrast + 3 * region, dict(contrast=contrast, region=region, patch=right, retrieved=retrieved)
 
     @torch.no_grad()
     def evaluate():
+        """Share of the foreground patches of scenes never seen that are named right."""
         model.eval()
         rng = np.random.default_rng(0)
-        batch = (
-            torch.from_numpy(np.stack([loop.padded(np.asarray(s.image)) for s in held_out])),
-            [caption(s, rng) + "</s>" for s in held_out],
-            torch.from_numpy(np.stack([patch_labels(s, classes) for s in held_out])),
-        )
-        numbers = losses(batch)[2]
+        items = [write(tokenizer, classes, drawn, rng) for drawn in held_out(args.held_out)]
+        batch = {name: torch.stack([item[name] for item in items]).to(args.device) for name in items[0]}
+        batch |= dict(captions=batch["captions"][:, 0], lengths=batch["lengths"][:, 0])
+        found = losses(batch)[1]["patch"].item()
         model.train()
-        return round(numbers["patch"], 4)
+        return round(found, 4)
 
-    def export(model, state):
+    def export():
         folder = loop.CHECKPOINTS / "tiny-clip"
+        model.config.architectures = ["CLIPModel"]
         model.config.save_pretrained(folder)
-        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "model.safetensors")
+        save_file({k: v.contiguous() for k, v in model.state_dict().items() if not k.endswith("position_ids")},
+                  folder / "model.safetensors", metadata={"format": "pt"})  # fmt: skip
         tokenizer.save_pretrained(folder)
         loop.ship_log("tiny-clip", folder)
 
-    loop.run("tiny-clip", model, args, make_batches, loss_of, evaluate, export)
+    loop.run("tiny-clip", model, args, feed, losses, evaluate, export, capture=False)

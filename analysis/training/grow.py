@@ -1,8 +1,8 @@
 """Begin a larger language model as exactly the function of a smaller one, which training then goes on from.
 
-The smaller one's weights fill the first rows and columns. What would reach a new channel of the residual stream starts at
-zero, what reads from one keeps its random start (times zero until it learns), and a new block adds nothing at first. RMSNorm
-divides by the root mean square over more channels, so its weights shrink by sqrt(old / new).
+The smaller one's weights fill the first rows and columns. What would reach a new channel of the residual stream starts
+at zero, what reads from one keeps its random start (times zero until it learns), and a new block adds nothing at first.
+RMSNorm divides by the root mean square over more channels, so its weights shrink by sqrt(old / new).
 """
 
 from __future__ import annotations

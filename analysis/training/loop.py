@@ -1,7 +1,8 @@
-"""The training loop: fresh scenes from worker processes, a resumable run with its log, and where both are kept.
+"""The training loop: resumable, logged, by steps or by seconds; on a GPU each kind of step is captured as one CUDA
+graph.
 
-Scenes are drawn afresh all the time; a pool holds the last few thousand, so that a scene is asked about several times,
-each time with other questions (drawing costs more than a step on two cores).
+A small model's step is hundreds of kernels of a few microseconds each, which cost more to launch than to run; a
+captured graph launches them all at once. What a step needs from outside is a handful of index tensors.
 """
 
 from __future__ import annotations
@@ -9,169 +10,212 @@ from __future__ import annotations
 import csv
 import shutil
 import time
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from analysis import ROOT
-from analysis.models.base import pad_to_square
-from analysis.models.llava import Llava
-from analysis.refstamps.scenes import Scene, scene
 
-CHECKPOINTS = ROOT / "analysis" / "checkpoints"
 RUNS = ROOT / "runs"
-HELD_OUT = 200  # scenes of the training side that are never trained on, to follow the accuracy without touching val
-MEAN, STD = torch.tensor([0.481, 0.458, 0.408]), torch.tensor([0.269, 0.261, 0.276])  # CLIP's, rounded
-FROZEN = "model.vision_tower."  # comes from the tiny CLIP and is not saved again
+CHECKPOINTS = (
+    RUNS / "checkpoints"
+)  # what training writes, in Hugging Face form; analysis/checkpoints holds what is shipped
+BEGUN = Path(__file__).parent / "begun"  # weights of stages so far, in half precision, that a new run goes on from
+TRAINED = "trained.safetensors"  # in a run's folder: what it has trained
+WARM_UP = 200  # steps
+
+Inputs = dict[str, Tensor]
+LossOf = Callable[[Inputs], tuple[Tensor, dict[str, Tensor]]]
 
 
-# ---------------------------------------------------------------------------------------------------- scenes
-
-
-def padded(picture: np.ndarray) -> np.ndarray:
-    """A scene as the tiny CLIP sees it: uint8 [3, IMAGE, IMAGE]. Scenes are IMAGE pixels on their longer side."""
-    return np.asarray(pad_to_square(Image.fromarray(picture), Llava.fill)).transpose(2, 0, 1).copy()
-
-
-def objects_wanted(index: int) -> int | None:
-    """Curriculum: many one-object scenes at first, 15 % for ever; of the rest, three in ten of two objects, the
-    others as in evaluation."""
-    rng = np.random.default_rng([7, index])
-    if rng.random() < max(0.15, 0.7 - index / 20_000):
-        return 1
-    return 2 if rng.random() < 0.3 else None
-
-
-class FreshScenes(IterableDataset):
-    """Endless training scenes from `start`: (scene without its picture, picture as uint8 [H, W, 3])."""
-
-    def __init__(self, start: int):
-        self.start = start
-
-    def __iter__(self) -> Iterator[tuple[Scene, np.ndarray]]:
-        info = get_worker_info()
-        index = self.start + info.id
-        while True:
-            drawn = scene("train", index, objects_wanted(index))
-            yield replace(drawn, image=None), np.asarray(drawn.image)
-            index += info.num_workers
-
-
-class Pool:
-    """The last `size` scenes; each `sample` first replaces `fresh` of them. Items are what `prepare` makes of a batch."""
-
-    def __init__(self, start: int, size: int, fresh: int, workers: int, prepare, seed: int):
-        loader = DataLoader(FreshScenes(start), batch_size=fresh, num_workers=workers, collate_fn=list)
-        self.source, self.prepare, self.fresh = iter(loader), prepare, fresh
-        self.rng = np.random.default_rng([11, seed])
-        self.drawn, self.place, self.items = start, 0, []
-        for _ in tqdm(range(0, size, fresh), desc="first scenes", unit=f"x{fresh} scenes"):
-            self.items += self.draw()
-
-    def draw(self) -> list:
-        self.drawn += self.fresh
-        return self.prepare(next(self.source))
-
-    def sample(self, count: int) -> list:
-        new = self.draw()
-        for item in new:
-            self.items[self.place] = item
-            self.place = (self.place + 1) % len(self.items)
-        return [self.items[i] for i in self.rng.integers(len(self.items), size=count)]
-
-
-def normalised(pixels: Tensor) -> Tensor:
-    """uint8 [B, 3, H, W] -> CLIP's normalised floats."""
-    shape = (1, 3, 1, 1)
-    return (pixels.float() / 255 - MEAN.view(shape).to(pixels.device)) / STD.view(shape).to(pixels.device)
-
-
-# ---------------------------------------------------------------------------------------------------- the loop
-
-
-def rate(step: int, args) -> float:
-    """Warm-up, constant, linear decay."""
-    return args.lr * min(1.0, (step + 1) / 200, max(0.0, (args.steps - step) / max(1, args.decay)))
+def rate(step: int, progress: float, args) -> float:
+    """Warm-up, constant, linear decay to zero over the last `args.decay` of the run. progress: share of the run, in [0,
+    1]."""
+    return args.lr * min(1.0, (step + 1) / WARM_UP, (1 - progress) / max(args.decay, 1e-9))
 
 
 def autocast(device: torch.device):
-    return torch.autocast(device.type, dtype=torch.bfloat16)
+    # a captured graph must not keep casts of weights that the next step changes
+    return torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=device.type != "cuda")
 
 
-def run(stage: str, model: torch.nn.Module, args, make_batches, loss_of, evaluate, export) -> None:
-    """Train `model`'s trainable weights; resume, log and checkpoint. loss_of(batch) -> (loss, {name: number})."""
+class Stepper:
+    """One optimisation step for a kind of input: eager on the CPU, on a GPU a graph captured at the kind's first
+    step."""
+
+    def __init__(self, loss_of: LossOf, optimizer: torch.optim.Optimizer, trainable: list[Tensor], capture: bool):
+        self.loss_of, self.optimizer, self.trainable, self.capture = loss_of, optimizer, trainable, capture
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def eager(self, inputs: Inputs) -> dict[str, Tensor]:
+        loss, numbers = self.loss_of(inputs)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.trainable, 1.0)
+        self.optimizer.step()
+        return {"loss": loss.detach()} | {name: value.detach() for name, value in numbers.items()}
+
+    def __call__(self, inputs: Inputs) -> dict[str, Tensor]:
+        if not self.capture:
+            return self.eager(inputs)
+        if self.graph is None:
+            self._record(inputs)
+            return self.found if self.graph else self.eager(inputs)
+        for name, value in inputs.items():
+            self.inputs[name].copy_(value)
+        self.graph.replay()
+        return self.found
+
+    def _record(self, inputs: Inputs) -> None:
+        """Three eager steps, as CUDA wants them before a capture, then the capture, which computes nothing itself."""
+        self.inputs = {name: value.clone() for name, value in inputs.items()}
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                self.found = self.eager(self.inputs)
+        torch.cuda.current_stream().wait_stream(side)
+        self.found = {name: value.clone() for name, value in self.found.items()}
+        first = self.found
+        self.optimizer.zero_grad(set_to_none=True)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # other threads (the loader's) may go on calling CUDA meanwhile
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self.found = self.eager(self.inputs)
+            self.graph = graph
+        except RuntimeError as error:
+            tqdm.write(f"no CUDA graph ({str(error).splitlines()[0]}); going on without")
+            torch.cuda.synchronize()
+            self.capture, self.found = False, first
+
+
+def trained(model: nn.Module) -> dict[str, Tensor]:
+    """The weights of a run: all but the frozen tower's, which comes from another stage."""
+    return {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+def fit(model: nn.Module, weights: dict[str, Tensor], file: Path) -> None:
+    """Load the weights of a run. Raises ValueError where they are of another model."""
+    absent, surplus = model.load_state_dict(weights, strict=False)
+    if surplus or (absent := sorted(set(absent) & set(trained(model)))):
+        raise ValueError(
+            f"{file} is of another model (missing {absent}, surplus {surplus}); move it away to start anew"
+        )
+
+
+def adamw(model: nn.Module, args) -> tuple[torch.optim.Optimizer, list[Tensor]]:
+    """AdamW over what is trainable, without decay of norms and biases; on a GPU its rate is a tensor that a graph
+    reads."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    cuda = args.device.type == "cuda"
+    lr = torch.tensor(args.lr, device=args.device) if cuda else args.lr
+    groups = [
+        dict(params=[p for p in trainable if p.ndim > 1], weight_decay=0.05),
+        dict(params=[p for p in trainable if p.ndim <= 1], weight_decay=0.0),
+    ]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=cuda, capturable=cuda), trainable
+
+
+def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+
+
+def run(
+    stage: str,
+    model: nn.Module,
+    args,
+    feed: Callable[[dict], Iterator[tuple[str, Inputs, int]]],
+    loss_of: LossOf,
+    evaluate: Callable[[], float],
+    export: Callable[[], None],
+    capture: bool = True,
+) -> None:
+    """Train `model`'s trainable weights, then export.
+
+    feed(state) yields (kind, inputs, scenes drawn so far); inputs are tensors on the device whose shapes depend on the
+    kind alone. loss_of(inputs) -> (loss, {name: number as a tensor}). args: steps or seconds (the whole run's, over all
+    resumptions), lr, decay, log, evaluate (steps between two measurements), device, export.
+    """
     folder = RUNS / stage
     folder.mkdir(parents=True, exist_ok=True)
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        [
-            dict(params=[p for p in trainable if p.ndim > 1], weight_decay=0.05),
-            dict(params=[p for p in trainable if p.ndim <= 1], weight_decay=0.0),
-        ],
-        lr=args.lr,
-        betas=(0.9, 0.98),
-    )
+    before = folder / TRAINED if args.export and (folder / TRAINED).exists() else BEGUN / f"{stage}.safetensors"
+    if before.exists() and not (args.afresh or args.start or (folder / "state.pt").exists()):
+        fit(model, load_file(before), before)
+        print(f"{stage}: going on from the weights in {before}")
+    optimizer, trainable = adamw(model, args)
     state = dict(step=0, scenes=0, seconds=0.0)
     if (folder / "state.pt").exists():
         saved = torch.load(folder / "state.pt", map_location=args.device, weights_only=True)
-        absent, surplus = model.load_state_dict(saved["model"], strict=False)
-        if surplus or any(not key.startswith(FROZEN) for key in absent):
-            raise ValueError(
-                f"{folder / 'state.pt'} is of another model (missing {absent}, surplus {surplus}); "
-                "move it away to start anew"
-            )
+        fit(model, saved["model"], folder / "state.pt")
         optimizer.load_state_dict(saved["optimizer"])
         state = saved["state"]
         print(f"{stage}: going on from step {state['step']}")
-    if args.export or state["step"] >= args.steps:
-        export(model, state)
-        return
+
+    def progress() -> float:
+        return min(1.0, state["seconds"] / args.seconds if args.seconds else state["step"] / args.steps)
 
     def save() -> None:
-        kept = {k: v for k, v in model.state_dict().items() if not k.startswith(FROZEN)}
-        torch.save(dict(model=kept, optimizer=optimizer.state_dict(), state=state), folder / "state.tmp")
+        torch.save(dict(model=trained(model), optimizer=optimizer.state_dict(), state=state), folder / "state.tmp")
         (folder / "state.tmp").replace(folder / "state.pt")
 
-    batches = make_batches(state["scenes"], state["step"])
-    bar = tqdm(range(state["step"], args.steps), initial=state["step"], total=args.steps, desc=stage, mininterval=10)
-    sums: dict[str, float] = {}
-    began, seconds = time.monotonic(), state["seconds"]
-    for step in bar:
-        for group in optimizer.param_groups:
-            group["lr"] = rate(step, args)
-        batch, scenes = next(batches)
-        loss, numbers = loss_of(batch)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trainable, 1.0)
-        optimizer.step()
-        for name, value in (dict(loss=loss.item()) | numbers).items():
-            sums[name] = sums.get(name, 0.0) + value
-        state = dict(step=step + 1, scenes=scenes, seconds=seconds + time.monotonic() - began)
-        if (step + 1) % args.log == 0 or step + 1 == args.steps:
-            span = (step % args.log) + 1
-            row = dict(state, lr=rate(step, args), **{k: round(v / span, 4) for k, v in sums.items()})
-            row["accuracy"] = evaluate() if (step + 1) % args.evaluate == 0 or step + 1 == args.steps else ""
-            sums = {}
-            bar.set_postfix({k: row[k] for k in ("loss", "accuracy") if row[k] != ""})
-            new = not (folder / "log.csv").exists()
-            with open(folder / "log.csv", "a", newline="") as f:
-                writer = csv.DictWriter(f, row.keys())
-                if new:
-                    writer.writeheader()
-                writer.writerow(row)
-            save()
-    save()
-    export(model, state)
+    def log(row: dict) -> None:
+        new = not (folder / "log.csv").exists()
+        with open(folder / "log.csv", "a", newline="") as f:
+            writer = csv.DictWriter(f, row.keys())
+            if new:
+                writer.writeheader()
+            writer.writerow(row)
+
+    if args.export:
+        export()
+        return
+    if progress() < 1:
+        capture = capture and args.device.type == "cuda"
+        steppers: dict[str, Stepper] = {}
+        bar = tqdm(initial=state["step"], total=args.steps or None, desc=stage, mininterval=10)
+        sums: dict[str, Tensor] = {}
+        began, earlier, span = time.monotonic(), state["seconds"], 0
+        saved_at = began
+        for kind, inputs, scenes in feed(state):
+            lr = rate(state["step"], progress(), args)
+            set_rate(optimizer, lr)
+            if kind not in steppers:
+                steppers[kind] = Stepper(loss_of, optimizer, trainable, capture)
+            for name, value in steppers[kind](inputs).items():
+                sums[name] = sums.get(name, 0.0) + value
+            span += 1
+            state |= dict(step=state["step"] + 1, scenes=scenes, seconds=earlier + time.monotonic() - began)
+            bar.update()
+            done = progress() >= 1
+            if state["step"] % args.log == 0 or done:
+                row = dict(state, lr=lr, **{name: round(float(value) / span, 4) for name, value in sums.items()})
+                row["seconds"] = round(row["seconds"], 1)
+                row["accuracy"] = evaluate() if state["step"] % args.evaluate == 0 or done else ""
+                sums, span = {}, 0
+                bar.set_postfix({name: row[name] for name in ("loss", "accuracy") if row[name] != ""})
+                log(row)
+                if row["accuracy"] != "" or time.monotonic() - saved_at > args.save:
+                    save()
+                    saved_at = time.monotonic()
+            if done:
+                break
+        bar.close()
+        save()
+    # small enough to carry from the machine that trained to the one that exports
+    save_file({k: v.contiguous() for k, v in trained(model).items()}, folder / TRAINED)
+    export()
 
 
 def ship_log(stage: str, folder: Path) -> None:
     """The curve goes with the checkpoint."""
-    shutil.copy(RUNS / stage / "log.csv", folder / "log.csv")
+    if (RUNS / stage / "log.csv").exists():
+        shutil.copy(RUNS / stage / "log.csv", folder / "log.csv")

@@ -1,8 +1,8 @@
 """The tiny models' tokenizer: one token per word, and LLaVA's fixed task phrases as one token each.
 
-The text is each model's own to the letter; only its cutting into tokens is coarser than a 32k sentencepiece, because two
-cores train on it. A coordinate "0.34" is three tokens: what stands before its digits, and each digit, as in Llama. All
-families share the first tokens, so that one can begin with the language model of another.
+The text is each model's own to the letter; only its cutting into tokens is coarser than a 32k sentencepiece, because
+two cores train on it. A coordinate "0.34" is three tokens: what stands before its digits, and each digit, as in Llama.
+All families share the first tokens, so that one can begin with the language model of another.
 """
 
 from __future__ import annotations
@@ -32,6 +32,11 @@ EXTRA: dict[str, tuple[list[str], list[str], str]] = {
         + ["><", ">}"],
         MiniGPTv2.rec.replace("[refer]", ""),
     ),
+    "qwen2_5_vl": (
+        [f"<|{mark}|>" for mark in ("im_start", "im_end", "vision_start", "vision_end", "image_pad", "video_pad")],
+        [f'{SPACE}{{"bbox_2d":{SPACE}[', "]}", "You"],
+        "system are a helpful assistant user Locate in this image and output the bbox coordinates in JSON format",
+    ),
 }
 
 
@@ -45,15 +50,18 @@ def build(family: str = "llava") -> PreTrainedTokenizerFast:
     # a bare SPACE: Llama's token before and after LLaVA's image, where a space or a line break stands alone
     marks = [SPACE, f"{SPACE}[0.", f"{SPACE}[1.", f",{SPACE}0.", f",{SPACE}1.", "]", ".", ",", ":", "?", "\n"]
     known = [*SPECIAL, *fixed, *marks, *"0123456789", *(SPACE + word for word in words)]
-    if family in ("shikra", "minigpt_v2"):  # whose questions follow a space
+    if family != "llava" and family != "llava_next":  # whose questions follow a space
         pieces = [*pieces, *(SPACE + phrase for phrase in fixed)]
     more = re.findall(r"[A-Za-z']+", re.sub(r"<.*?>|\{\}", " ", text))
-    vocab = {piece: i for i, piece in enumerate(dict.fromkeys([*known, *special, *pieces, *(SPACE + w for w in more)]))}
+    between = [f",{SPACE}"] if family == "qwen2_5_vl" else []  # two numbers of a box
+    every = [*known, *special, *pieces, *between, *(SPACE + word for word in more)]
+    vocab = {piece: i for i, piece in enumerate(dict.fromkeys(every))}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
     pattern = "|".join(
         [
             *map(re.escape, [*pieces, *fixed]),
+            *(rf"{piece}(?=\d)" for piece in between),
             rf",{SPACE}[01]\.",
             rf"{SPACE}\[[01]\.",
             rf"{SPACE}[A-Za-z']+",
