@@ -27,7 +27,7 @@ test: .venv/ready  ## run the tests
 	$(BIN)/python -m pytest -q
 
 # what most changes touch: positions, boxes, scoring, statistics, decoding, pruning
-FAST := $(wildcard $(addprefix tests/test_,$(addsuffix *.py,positions boxes scoring stats decode pruning registry)))
+FAST := $(wildcard $(addprefix tests/test_,$(addsuffix *.py,positions boxes scoring stats decode pruning)))
 
 test-fast: .venv/ready  ## run the tests of the core, in less than a minute
 	$(BIN)/python -m pytest -q $(FAST)

@@ -289,6 +289,7 @@ def ask(args: argparse.Namespace) -> int:
         asked = asking.pairs(args.asked)
         grid = cells("none") + cells(args.pruner, _shares(args.keep), args.order, _split(args.ids), args.seed)
         model = models.load(args.model)
+        asking.check(model, grid)
     except (OSError, ValueError, MemoryError) as error:
         print(error, file=sys.stderr)
         return 2

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from analysis.engine.decode import greedy, prompt_inputs
-from analysis.engine.evaluate import image_seed, texts
+from analysis.engine.evaluate import image_seed, needs_text, texts
 from analysis.models import Model
 from analysis.positions import assign, reorder
 from analysis.pruning import pruner as find_pruner
@@ -113,6 +113,15 @@ def answers(
         sizes = len(selection.origin), len(visual.unpruned.visual)
         found.append(Answer(cell, raw, error, box, *sizes, *_shown(model, image.size, visual, selection)))
     return found
+
+
+def check(model: Model, grid: Sequence[Cell]) -> None:
+    """Raises ValueError for a pruner that cannot run on this model, or not with this keep ratio."""
+    for name, keep in dict.fromkeys((cell.pruner, cell.keep) for cell in grid):
+        try:
+            needs_text(model, find_pruner(name), keep)
+        except (ValueError, AttributeError, OSError) as error:
+            raise ValueError(f"pruner {name!r} cannot run on {model.name} with keep {keep}: {error}") from error
 
 
 def pairs(asked: Sequence[str]) -> list[tuple[Path, str]]:

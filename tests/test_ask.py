@@ -106,6 +106,7 @@ def test_the_command_on_a_phones_picture(tiny_folder, tmp_path, monkeypatch, cap
         (["--keep", "a"], "could not convert string to float: 'a'"),
         (["--ids", "gap"], "unknown IDs 'gap'"),
         (["--model", "tiny-lava"], "did you mean 'tiny-llava'"),
+        (["--pruner", "trim", "--keep", "none", "--model", "tiny-minigpt-v2"], "offers no signal 'clip_prompt'"),
     ]:
         assert cli.main([*given, *more]) == 2 and message in capsys.readouterr().err
 
