@@ -1,9 +1,12 @@
 """The door for `generate` and the engine are each other's test: the same answers, expression by expression."""
 
 import shutil
+import subprocess
+import sys
 import textwrap
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -98,6 +101,12 @@ def test_the_processors_files_say_what_the_engine_does(name, tmp_path):
         assert torch.equal(inputs["pixel_values"].reshape(-1), model.pixels([image]).reshape(-1))
     with pytest.raises(ValueError, match="model with a processor"):
         save_processor(models.MODELS["tiny-shikra"])
+
+
+def test_the_door_opens_first():
+    """`analysis.hf` and `analysis.models` import each other, whichever comes first."""
+    for module in ("analysis.hf", "analysis.models", "analysis.models.by_generate", "analysis.engine.evaluate"):
+        subprocess.run([sys.executable, "-c", f"import {module}"], check=True, cwd=Path(hf.__file__).parents[1])
 
 
 def test_the_example_runs(folder, whole_class, monkeypatch, capsys):

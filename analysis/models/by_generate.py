@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, PreTrainedModel
 
-from analysis.hf import Pruned, check_pruner, pruned
+from analysis import hf  # not its names, for it begins by importing this package
 from analysis.types import Cell
 
 OPTIONS = dict(attn_implementation="sdpa")  # of `from_pretrained`: no kernel of the engine's
@@ -54,7 +54,7 @@ class ByGenerate:
 
     def check(self, cell: Cell) -> None:
         """Raises ValueError where the cell's method cannot run on this model."""
-        check_pruner(self.whole, cell)
+        hf.check_pruner(self.whole, cell)
 
     def _chat(self, message: str, picture: Image.Image | None) -> list[dict]:
         image = dict(type="image") | (dict(image=picture) if picture else {})
@@ -68,7 +68,7 @@ class ByGenerate:
 
     def answer(
         self, images: Sequence[Image.Image], expressions: Sequence[str], message: str, cell: Cell, seeds: Sequence[int]
-    ) -> tuple[list[str], Pruned]:
+    ) -> tuple[list[str], hf.Pruned]:
         """The texts that answer a batch, and how it was pruned. message: `rec` or `ask_for`; the rest has length B."""
         questions = [message.replace("{}", words) for words in expressions]
         inputs = self.processor.apply_chat_template(
@@ -80,7 +80,7 @@ class ByGenerate:
             processor_kwargs=dict(padding=True, padding_side="left"),
         ).to(self.device, self.dtype)
         given = cell.pruner, cell.keep, cell.ids, cell.order, seeds, expressions, questions
-        with pruned(self.whole, self.processor, *given) as done:
+        with hf.pruned(self.whole, self.processor, *given) as done:
             made = self.whole.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False, num_beams=1)
         answers = made[:, inputs["input_ids"].shape[1] :]
         said = self.processor.batch_decode(answers, skip_special_tokens=True, clean_up_tokenization_spaces=False)
