@@ -25,7 +25,6 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
-from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
@@ -158,6 +157,17 @@ def for_decoder(position_ids: Tensor) -> Tensor:
     return position_ids if position_ids.dim() == 2 else position_ids.permute(2, 0, 1)
 
 
+def padded(rows: Sequence[Tensor], side: Padding) -> Tensor:
+    """Tensors [L_i, ...] as one [B, L, ...], filled up with zeros on a side.
+
+    As torch's `pad_sequence`, which torch 2.11 cannot count FLOPs of.
+    """
+    made = rows[0].new_zeros(len(rows), max(map(len, rows)), *rows[0].shape[1:])
+    for place, row in zip(made, rows):
+        place[len(place) - len(row) if side == "left" else 0 :][: len(row)] = row
+    return made
+
+
 @torch.inference_mode()
 def hidden_states(
     decoder: nn.Module, inputs: Sequence[Inputs], padding: Padding = "left", context: Context = ()
@@ -183,9 +193,7 @@ def hidden_states(
         raise ValueError(f"padding must be 'left' or 'right', got {padding!r}")
     embeds, position_ids, _ = zip(*inputs)
     tokens = [torch.ones(length, dtype=torch.bool, device=embeds[0].device) for length in lengths]
-    states, ids, valid = (
-        pad_sequence(rows, batch_first=True, padding_side=padding) for rows in (embeds, position_ids, tokens)
-    )
+    states, ids, valid = (padded(rows, padding) for rows in (embeds, position_ids, tokens))
     out = decoder(
         inputs_embeds=states,
         position_ids=for_decoder(ids),
