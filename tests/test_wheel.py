@@ -1,4 +1,4 @@
-"""The wheel: it holds every file of the package, and works from any folder."""
+"""The wheel: it holds every file that the package works with, and works from any folder."""
 
 import os
 import shutil
@@ -47,7 +47,8 @@ def test_the_wheel_holds_every_tracked_file(installed):
     listed = subprocess.run(["git", "ls-files", "-z", "analysis"], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode:
         pytest.skip("not a git checkout")
-    tracked = [name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()]
+    begun = "analysis/training/begun/"  # weights that only a clone goes on training
+    tracked = [name for name in listed.stdout.split("\0") if (ROOT / name).is_file() and not name.startswith(begun)]
     assert len(tracked) > 200 and [name for name in tracked if not (installed / name).is_file()] == []
     assert list(installed.glob("*.dist-info/licenses/LICENSES/GPL-2.0-or-later.txt"))
 
