@@ -140,6 +140,8 @@ if not BEGUN.exists():
     BEGUN.touch()
 
 
+os.environ["PATH"] += os.pathsep + str(Path(sys.executable).parent)  # papermill, where .venv is not activated
+
 # A driver holds the project until it ends in whatever way. Where none is alive, what a killed one has locked is free.
 if workflow.is_main_process and not {"-n", "--dry-run", "--dryrun"} & set(sys.argv):
     DRIVER = results.locked(Path(".snakemake/driver"), wait=0)

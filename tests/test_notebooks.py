@@ -10,7 +10,7 @@ import yaml
 from PIL import Image
 
 from analysis import ROOT, models
-from analysis.results import read_rows
+from analysis.results import read_rows, write_rows
 from tests.support.notebooks import FIGURE, TABLE, draw, run
 
 PRODUCER = "notebooks/10_rec_eval.ipynb"
@@ -57,6 +57,15 @@ def produced(model, tmp_path_factory):
 )
 def test_a_notebook_from_its_parameters_to_its_files(notebook, key, kinds, produced, tmp_path):
     draw(notebook, kinds, {"rows": produced(key)}, tmp_path)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_figure_3_of_few_methods(count, produced, tmp_path):
+    """As of a person's own rows: the name of the paper's figure stays free, and no panel is missed."""
+    whole = read_rows(produced("fig3"))
+    few = [name for name in whole["pruner"].unique() if name != "none"][:count]
+    write_rows(tmp_path / "mine.parquet", whole[whole["pruner"].isin(["none", *few])].reset_index(drop=True), {})
+    draw("fig3_keep_ratio", FIGURE, {"rows": str(tmp_path / "mine.parquet")}, tmp_path)
 
 
 def test_what_is_made_of_the_rows_of_table_1(produced, tmp_path):
