@@ -14,7 +14,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoProcessor
 
-from analysis import hf, models
+from analysis import ROOT, hf, models
 from analysis.engine.evaluate import cells, evaluate
 from analysis.models import by_generate, llava
 from analysis.rec import datasets
@@ -114,10 +114,14 @@ def test_the_example_runs(folder, whole_class, monkeypatch, capsys):
     example = textwrap.dedent(hf.__doc__.split("\n\n", 1)[1].split("\n\n`generate`")[0])
     monkeypatch.setattr(transformers, "LlavaForConditionalGeneration", whole_class)
     data = datasets.load("refstamps", "val", 1)
-    exec(example, dict(name=folder, image=data.image("val_00000"), expression=data.rows["expression"][0]))
+    scope = dict(name=folder, image=data.image("val_00000"), expression=data.rows["expression"][0])
+    exec(example, scope)
     said = dict(line.split(" ", 1) for line in capsys.readouterr().out.strip().splitlines())
     assert list(said) == ["compact", "original"] and said["compact"] != said["original"]
     assert BOX_FORMATS["llava"].parse(said["original"]) is not None
+    exec((ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0], scope)  # the README's three lines
+    answer = scope["out"][0, scope["inputs"]["input_ids"].shape[1] :]
+    assert scope["processor"].decode(answer, skip_special_tokens=True)[: len(said["original"])] == said["original"]
 
 
 def test_a_family_without_the_engine(tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ from analysis.types import Signals, VisualTokens
 @pytest.fixture
 def feature_norm(monkeypatch, tmp_path):
     """The README's file and its line in the registry."""
-    code = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    (code,) = (c for c in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S) if "score" in c)
     assert len(code.splitlines()) < 30
     (tmp_path / "feature_norm.py").write_text(code)
     monkeypatch.setattr(pruning, "__path__", [*pruning.__path__, str(tmp_path)])
