@@ -47,6 +47,7 @@ def reads(notebook):
 
 
 READS = {name: reads(name) for name in sorted(Path(file).stem for kind in ("fig", "tab") for file in glob(f"notebooks/{kind}*.ipynb"))}
+CAPTION = ["txt", "caption.tex"]  # beside each of them
 FIGURES, TABLES = ([name for name in READS if name.startswith(kind)] for kind in ("fig", "tab"))
 
 SHARDS = int(config.get("shards", 1))  # jobs that share the work of one file of rows
@@ -165,8 +166,8 @@ wildcard_constraints:
 
 rule all:
     input:
-        expand("figures/{name}.{kind}", name=FIGURES, kind=["pdf", "png"]),
-        expand("figures/{name}.{kind}", name=TABLES, kind=["tex", "html", "csv"]),
+        expand("figures/{name}.{kind}", name=FIGURES, kind=["pdf", "png", *CAPTION]),
+        expand("figures/{name}.{kind}", name=TABLES, kind=["tex", "html", "csv", *CAPTION]),
 
 
 # One thread a job: on models this small two jobs of one thread do almost twice the work of one job of two.
@@ -290,6 +291,7 @@ rule table:
         "figures/{name}.tex",
         "figures/{name}.html",
         "figures/{name}.csv",
+        expand("figures/{{name}}.{kind}", kind=CAPTION),
     params:
         key=drawing_key,
         given=drawing,
@@ -307,6 +309,7 @@ rule figure:
     output:
         "figures/{name}.pdf",
         "figures/{name}.png",
+        expand("figures/{{name}}.{kind}", kind=CAPTION),
     params:
         key=drawing_key,
         given=drawing,

@@ -237,7 +237,8 @@ def doctor(args: argparse.Namespace) -> int:
 
 
 def summarize(args: argparse.Namespace) -> int:
-    """Summarize a text file with an embedded summarizer, which knows only the words of the generated news."""
+    """Summarize a text with an embedded summarizer, which knows only the words of the generated news. It shows what the
+    second paper's systems do; of a text whose words it does not know it extracts sentences, and writes no abstract."""
     from analysis.summarization import systems
 
     try:
@@ -247,17 +248,26 @@ def summarize(args: argparse.Namespace) -> int:
         print(error, file=sys.stderr)
         return 2
     [found] = systems.summarize(system, [document])
-    words, known = [word for said in document.article for word in said], system.vocabulary
-    for said in found.sentences:
-        print(" ".join(said))
-    print("\nextracted sentences:")
-    for number in found.extracted:
+    share, most = systems.unknown(system, document), systems.MOST_UNKNOWN
+    if share <= most:
+        for said in found.sentences:
+            print(" ".join(said))
+        print()
+    else:
+        print(
+            f"no abstract: {share:.0%} of the words read are not among the {len(system.vocabulary):,} of the generated "
+            f"news that this small model knows, and it could only string copies together (the limit is {most:.0%})"
+        )
+    best = sorted(range(len(found.beta)), key=lambda number: -found.beta[number])[:3]
+    print("extracted sentences:" if share <= most else "extracted sentences, the three best at least:")
+    for number in sorted({*found.extracted, *(best if share > most else [])}):
         print(f"  {number + 1} (beta {found.beta[number]:.2f}): {' '.join(document.article[number])}")
-    print(f"\nR_inc {found.r_inc:.2f} (attention at random: {found.chance:.2f})")
+    if share <= most:
+        print(f"\nR_inc {found.r_inc:.2f} (attention at random: {found.chance:.2f})")
     print(
-        f"note: the embedded model knows the {len(known):,} commonest words of the generated news; "
-        f"{sum(word not in known.ids for word in words)} of this article's {len(words)} are others, which it can only "
-        f"copy. It reads the first {system.limits['max_words']} words and {system.limits['max_sentences']} sentences.",
+        f"note: the model knows the {len(system.vocabulary):,} commonest words of the generated news; {share:.0%} of "
+        f"the words read are others, which it can only copy. It reads the first {system.limits['max_words']} words and "
+        f"{system.limits['max_sentences']} sentences.",
         file=sys.stderr,
     )
     return 0
@@ -395,7 +405,7 @@ def main(argv: list[str] | None = None) -> int:
     cleaned = command("clean", clean)
     cleaned.add_argument("--yes", action="store_true", help="remove all of them without asking")
     texts = command("summarize", summarize)
-    texts.add_argument("article", type=Path, help="a text file")
+    texts.add_argument("article", help="a text file; - reads standard input")
     texts.add_argument(
         "--system",
         default="end-to-end-5-inc",

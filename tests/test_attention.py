@@ -252,6 +252,27 @@ def test_rank_correlations_against_scipy():
     within = rank_correlations(measures, lost, groups, "ratio", resamples=10)[1]["rho"]
     x, y = measures["ratio"].above.sum(1) / measures["ratio"].below.sum(1), lost.above.mean(1)
     assert within == pytest.approx(np.mean([spearmanr(x[g::2], y[g::2]).statistic for g in (0, 1)]))
+    methods = np.repeat(np.arange(8), 2)
+    wider = {
+        row["measure"]: row for row in rank_correlations(measures, lost, [0] * 16, "ratio", methods, resamples=300)
+    }
+    for name in measures:
+        assert wider[name]["rho"] == found[name]["rho"]
+        assert wider[name]["high"] - wider[name]["low"] > found[name]["high"] - found[name]["low"]
+
+
+def test_a_weighted_rank_correlation_is_the_one_of_repeated_points():
+    draw = np.random.default_rng(0)
+    x, y = draw.integers(0, 5, (2, 6, 12)).astype(float)  # with ties
+    weights = draw.integers(0, 4, (6, 12))
+    groups = np.repeat([0, 1], 6)
+    found = attention._spearman(x, y, groups, weights)
+    for one, a, b, times in zip(found, x, y, weights):
+        parts = [
+            spearmanr(np.repeat(a[at], times[at]), np.repeat(b[at], times[at])).statistic
+            for at in np.split(np.arange(12), 2)
+        ]
+        assert one == pytest.approx(np.mean(parts))
 
 
 def test_rows(tiny, tmp_path):

@@ -24,7 +24,7 @@ out = parameters.get("out", notebook)
 with open("calls", "a") as calls:
     calls.write(json.dumps([notebook, parameters]) + "\\n")
 if notebook[:3] in ("fig", "tab"):
-    files = [f"figures/{{notebook}}.{{kind}}" for kind in ("pdf", "png", "tex", "html", "csv")]
+    files = [f"figures/{{notebook}}.{{kind}}" for kind in ("pdf", "png", "tex", "html", "csv", "txt", "caption.tex")]
 elif notebook == "12_real_checkpoints":
     name = f"{{parameters['model']}}_{{parameters['dataset']}}"
     files = [f"{{out}}/{{name}}_{{split}}.parquet" for split in parameters["splits"]]

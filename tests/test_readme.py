@@ -58,3 +58,10 @@ def test_the_example_pruner_runs_through_the_grid(feature_norm, tiny, tmp_path):
 def test_a_wrong_specification_says_what_is_right(spec, message):
     with pytest.raises(ValueError, match=message):
         pruner(spec)
+
+
+def test_a_link_opens_the_file_it_names():
+    links = re.findall(r"\[`([^`]+)`\]\(([^)#]+)\)", (ROOT / "README.md").read_text())
+    assert len(links) > 15
+    for text, target in links:
+        assert (ROOT / target).exists() and ("." not in text or text.rsplit("/", 1)[-1] == target.rsplit("/", 1)[-1])

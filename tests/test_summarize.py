@@ -1,5 +1,6 @@
 """The summarizer's training, its checkpoints, and what is decoded and reported from them."""
 
+import io
 import json
 import os
 from dataclasses import replace
@@ -275,7 +276,9 @@ def test_what_a_comparison_claims():
     mean = report.over_seeds(table, ["model"]).set_index("model").loc["b"]
     means = [part["value"].mean() for _, part in table[table["model"] == "b"].groupby("seed")]
     assert [mean["lowest"], mean["highest"], mean["seeds"], mean["n"]] == pytest.approx([min(means), max(means), 3, 60])
-    assert report.cell(mean) == f"{100 * np.mean(means):.1f} ({100 * min(means):.1f}–{100 * max(means):.1f})"
+    far = max(np.mean(means) - min(means), max(means) - np.mean(means))
+    assert report.spread(mean) == f"{100 * np.mean(means):.1f} ±{100 * far:.1f}"
+    assert report.spread({**mean, "seeds": 1}) == f"{100 * np.mean(means):.1f}"
     with pytest.raises(ValueError, match="no document of a seed"):
         report.compared(table, {"model": "a"}, {"model": "e"})
 
@@ -306,17 +309,35 @@ def test_published_cells():
     assert report.published("two-stage", "R_inc") == ""
 
 
-def test_summarize_a_file(trained, tmp_path, capsys, monkeypatch):
+def test_summarize_a_file(known, trained, tmp_path, capsys, monkeypatch):
     load = systems.load
     monkeypatch.setattr(systems, "load", lambda name, seed: load(name, seed, trained / "checkpoints"))
+    words = [word for word in known.vocabulary.words if word.isalpha()]
+    familiar = f"{' '.join(words[:12])}. {' '.join(words[12:24])}."
+    strange = "A zyx carrying 30 wvuts qrashed near Zyxwvut. Nobody wazz hurt, pnolice maid.\nIt qained."
     file = tmp_path / "article.txt"
-    file.write_text("A bus carrying 30 people crashed near Zyxwvut. Nobody was hurt, police said.\nIt rained.")
-    assert cli.main(["summarize", str(file)]) == 0
-    said = capsys.readouterr()
-    assert "extracted sentences:\n  " in said.out and "R_inc" in said.out and "beta" in said.out
-    assert "of the generated news" in said.err and "of this article's 19 are others" in said.err
+    for text, written in ((familiar, True), (strange, False)):
+        file.write_text(text)
+        assert cli.main(["summarize", str(file)]) == 0
+        said = capsys.readouterr()
+        assert "extracted sentences" in said.out and "(beta " in said.out
+        assert ("R_inc" in said.out) == written and ("no abstract:" in said.out) != written
+        assert "of the generated news" in said.err and "it can only copy" in said.err
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+        assert cli.main(["summarize", "-"]) == 0 and capsys.readouterr().out == said.out
     assert cli.main(["summarize", str(file), "--system", "end-to-end-6"]) == 2
     assert "did you mean 'end-to-end-5'" in capsys.readouterr().err
+
+
+def test_a_long_text_is_cut_between_characters(tmp_path):
+    file = tmp_path / "article.txt"
+    file.write_text(
+        "a" + "\U0001d400 " * 90_000
+    )  # five bytes for two characters: the first 400,000 bytes end inside one
+    assert sum(map(len, systems.article(file).article)) > 30_000
+    file.write_bytes(b"word " * 10 + b"\xe2\x82")  # a short one that ends inside a character is damaged
+    with pytest.raises(ValueError, match="is no UTF-8 text"):
+        systems.article(file)
 
 
 @pytest.mark.parametrize(

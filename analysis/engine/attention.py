@@ -23,7 +23,6 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
-from scipy.stats import rankdata
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
@@ -323,14 +322,25 @@ class Ratio(NamedTuple):
     below: NDArray
 
 
-def _spearman(x: NDArray, y: NDArray, groups: NDArray) -> NDArray:
-    """Rank correlation [R] of x and y [R, P] within each group of points [P], mean over groups; NaN without spread."""
+def _ranks(values: NDArray, weights: NDArray) -> NDArray:
+    """Ranks [R, P] of values [R, P], each point as often as its weight says; equal ones share their middle rank."""
+    below = (values[:, None, :] < values[:, :, None]) + 0.5 * (values[:, None, :] == values[:, :, None])
+    return np.einsum("rpq,rq->rp", below, weights)
+
+
+def _spearman(x: NDArray, y: NDArray, groups: NDArray, weights: NDArray) -> NDArray:
+    """Rank correlation [R] of x and y [R, P] within each group of points [P], mean over groups; NaN without spread.
+
+    weights: [R, P], how often each point stands in the sample.
+    """
     found = []
     for group in np.unique(groups):
-        a, b = (rankdata(values[:, groups == group], axis=1) for values in (x, y))
-        a, b = a - a.mean(1, keepdims=True), b - b.mean(1, keepdims=True)
+        here, times = groups == group, weights[:, groups == group]
+        a, b = (_ranks(values[:, here], times) for values in (x, y))
         with np.errstate(invalid="ignore"):
-            found.append((a * b).sum(1) / np.sqrt((a**2).sum(1) * (b**2).sum(1)))
+            total = times.sum(1, keepdims=True)
+            a, b = (ranks - (times * ranks).sum(1, keepdims=True) / total for ranks in (a, b))
+            found.append((times * a * b).sum(1) / np.sqrt((times * a**2).sum(1) * (times * b**2).sum(1)))
     return np.mean(found, axis=0)
 
 
@@ -339,6 +349,7 @@ def rank_correlations(
     outcome: Ratio,
     groups: Sequence[Any],
     reference: str,
+    methods: Sequence[Any] | None = None,
     level: float = 0.95,
     resamples: int = 2000,
     seed: int = 0,
@@ -346,17 +357,25 @@ def rank_correlations(
     """Spearman's rho of each measure with the outcome over P points: a dict for each measure.
 
     groups: [P]; rho is taken within each and averaged (one group for all: plain). low, high: percentile bootstrap that
-    resamples images and computes every point anew; difference, difference_low, difference_high: rho minus that of the
-    measure `reference`, on the same resamples. A resample without spread has no rho and is left out.
-    Raises ValueError for an unknown reference.
+    resamples images and computes every point anew. methods: [P], the pruning method of each point; given, methods are
+    resampled, too, each with all its points: without that an interval says nothing about methods that were not tried.
+    difference, difference_low, difference_high: rho minus that of the measure `reference`, on the same resamples. A
+    resample without spread has no rho and is left out. Raises ValueError for an unknown reference.
     """
     pick(measures, reference, "measure")
     images, groups = outcome.above.shape[1], np.asarray(groups)
     rng = np.random.default_rng(seed)
     drawn = rng.multinomial(images, np.full(images, 1 / images), size=resamples)
     weights = np.vstack([np.ones(images), drawn])  # the first row: the data as they are
-    y = (weights @ outcome.above.T) / (weights @ outcome.below.T)
-    rho = {name: _spearman((weights @ x.above.T) / (weights @ x.below.T), y, groups) for name, x in measures.items()}
+    times = np.ones((resamples + 1, len(groups)))
+    if methods is not None:
+        codes, names = pd.factorize(np.asarray(methods))
+        times[1:] = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=resamples)[:, codes]
+
+    def value(x: Ratio) -> NDArray:
+        return (weights @ x.above.T) / (weights @ x.below.T)
+
+    rho = {name: _spearman(value(x), value(outcome), groups, times) for name, x in measures.items()}
     tails = [(1 - level) / 2, (1 + level) / 2]
     rows = []
     for name, values in rho.items():

@@ -1,4 +1,4 @@
-"""What an answer is worth that has not looked at the image: the level below which accuracy says nothing."""
+"""What an answer is worth that has not looked at the image, and what a miss has hit instead."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pandas as pd
 
 from analysis.rec.boxes import BOX_FORMATS, hit
 from analysis.rec.boxes import frame as find_frame
-from analysis.rec.scoring import SIZE, TRUTH
+from analysis.rec.scoring import PREDICTION, SIZE, TRUTH
 from analysis.registry import pick
 
 
@@ -40,3 +40,18 @@ def chances(scored: pd.DataFrame) -> pd.Series:
         {key: chance(here, here["frame"].iloc[0]) for key, here in scored.groupby(["dataset", "split"], sort=False)},
         dtype=float,
     )
+
+
+def other_objects(scored: pd.DataFrame) -> pd.Series:
+    """Whether each answer of `rec.scoring.score` is a miss that hits another object of its image (IoU at least 0.5).
+
+    Objects are those that an expression of the rows is about. Index as that of scored.
+    """
+    found = np.zeros(len(scored), dtype=bool)
+    objects = scored.drop_duplicates(["dataset", "split", "image_id", *TRUTH])
+    objects = {key: part[TRUTH].to_numpy(float) for key, part in objects.groupby(["dataset", "split", "image_id"])}
+    for key, here in scored.reset_index(drop=True).groupby(["dataset", "split", "image_id"]):
+        said, truth = here[PREDICTION].to_numpy(float), here[TRUTH].to_numpy(float)
+        hits = hit(said[:, None], objects[key][None])[1] & (objects[key][None] != truth[:, None]).any(-1)
+        found[here.index] = hits.any(1)
+    return pd.Series(found, scored.index) & ~scored["correct"]

@@ -33,6 +33,11 @@ PAPER = {
     "end-to-end-1": "end to end without L_inc",
     "end-to-end-5-inc": "end to end with L_inc",
 }
+# Of the embedded summarizers, for the captions of what they did; it goes when a schedule fixed beforehand made them.
+EXPLORATORY = (
+    "Exploratory: the training was lengthened after test results of a shorter one were known, so no difference here is "
+    "confirmed."
+)
 PAIRS = [(f"end-to-end-{weight}", f"end-to-end-{weight}-inc") for weight in (1, 5)]  # what L_inc does
 OTHERS = ("lead-3", "pointer-generator", "two-stage")  # what the full model is compared with
 
@@ -158,10 +163,10 @@ def ratio_change(rows: pd.DataFrame, a: str, b: str, resamples: int = 2000) -> d
     return _seed_by_seed(change(both), seeds, both.index.get_level_values(0).nunique())
 
 
-def cell(row: Mapping[str, float], scale: float = 100, digits: int = 1) -> str:
-    """ "43.1 (42.7-43.5)": mean, lowest and highest seed; the mean alone where there is one."""
-    mean, low, high = (f"{scale * row[name]:.{digits}f}" for name in ("mean", "lowest", "highest"))
-    return mean if row["seeds"] == 1 else f"{mean} ({low}–{high})"
+def spread(row: Mapping[str, float], scale: float = 100, digits: int = 1) -> str:
+    """ "43.1 ±0.4": mean, and distance to the farther of the lowest and highest seed; the mean alone of one seed."""
+    mean, far = row["mean"], max(row["mean"] - row["lowest"], row["highest"] - row["mean"])
+    return f"{scale * mean:.{digits}f}" + ("" if row["seeds"] == 1 else f" ±{scale * far:.{digits}f}")
 
 
 def gain(found: Mapping[str, Any], scale: float = 100, digits: int = 1) -> str:

@@ -5,7 +5,9 @@ The checkpoints are `train.export`'s; the model card beside them says how each w
 
 from __future__ import annotations
 
+import codecs
 import json
+import sys
 from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -34,6 +36,9 @@ LABELS = {"pointer-generator": "pointer-generator + coverage", "two-stage": "two
     for weight in (1, 5)
     for inc in ("", "-inc")
 }
+# With more words than this that a system does not know, its abstract is a salad of words: of the generated news it does
+# not know 4 to 6 %, of real articles about 40 %, where the abstract's ROUGE is half of lead-3's.
+MOST_UNKNOWN = 0.2
 LENGTHS = dict(shortest=14, longest=70)  # tokens: 5th percentile and above the longest of the training abstracts
 
 
@@ -139,24 +144,36 @@ def summarize(
 
 
 def article(path: str | Path) -> Document:
-    """A text file as a document without an abstract; of a long one the first 100,000 characters are taken.
+    """A text file, or standard input for "-", as a document without an abstract: its first 100,000 characters.
 
-    Raises ValueError for a file that is no UTF-8 text or has no words, FileNotFoundError for none.
+    Raises ValueError for what is no UTF-8 text or has no words, FileNotFoundError for no file.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is {'a folder' if path.is_dir() else 'not there'}; give a text file")
+    if str(path) == "-":
+        name, data = "standard input", sys.stdin.buffer.read(400_000)  # a character has at most four bytes
+    else:
+        name, path = str(path), Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is {'a folder' if path.is_dir() else 'not there'}; give a text file, or -")
+        with open(path, "rb") as file:
+            data = file.read(400_000)
+    whole = len(data) < 400_000  # else the last character may be cut
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            said = file.read(100_000)
+        said = codecs.getincrementaldecoder("utf-8-sig")().decode(data, final=whole)[:100_000]
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no UTF-8 text ({error.reason} at byte {error.start})") from None
+        raise ValueError(f"{name} is no UTF-8 text ({error.reason} at byte {error.start})") from None
     if "\0" in said:
-        raise ValueError(f"{path} is no text: it has zero bytes")
-    found = sentences(said)
+        raise ValueError(f"{name} is no text: it has zero bytes")
+    found = sentences(said.replace("\r\n", "\n"))
     if not any(letter.isalnum() for words in found for word in words for letter in word):
-        raise ValueError(f"{path} has no words; give an article")
-    return Document(found, [], id=path.name)
+        raise ValueError(f"{name} has no words; give an article")
+    return Document(found, [], id=Path(name).name)
+
+
+def unknown(system: Summarizer, document: Document) -> float:
+    """Share of the words that the system reads of a document and does not know: it can only copy them."""
+    read = [word for said in document.article[: system.limits["max_sentences"]] for word in said]
+    read = read[: system.limits["max_words"]]
+    return sum(word not in system.vocabulary.ids for word in read) / max(len(read), 1)
 
 
 def rows(system: Summarizer, documents: Sequence[Document], attention: int = 0, **options: int) -> pd.DataFrame:

@@ -20,4 +20,4 @@ def draw(notebook, kinds, parameters, folder):
         assert "SMOKE TEST" in files[kinds.index("tex")].read_text()
 
 
-FIGURE, TABLE = ("pdf", "png"), ("tex", "html", "csv")
+FIGURE, TABLE = ("pdf", "png", "txt", "caption.tex"), ("tex", "html", "csv", "txt", "caption.tex")
