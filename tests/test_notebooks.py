@@ -52,6 +52,7 @@ def produced(model, tmp_path_factory):
         ("fig3_keep_ratio", "fig3", FIGURE),
         ("fig4_order_and_value", "fig4", FIGURE),
         ("tabB_order_ids", "tabB", TABLE),
+        ("tab8_ids_after_pruning", "tab8", TABLE),
         ("tabA_frames", "fig1", TABLE),
     ],
 )

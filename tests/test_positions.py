@@ -1,13 +1,27 @@
 """Orders and IDs against definitions written out by hand, and laws that hold for every selection."""
 
 from fractions import Fraction
+from itertools import product
 
 import pytest
 import torch
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from analysis.positions import IDS, ORDERS, Spec, assign, generated_position, parse_spec, reorder, sequence_positions
+from analysis import ROOT
+from analysis.positions import (
+    GENERATED,
+    IDS,
+    ORDERS,
+    TEXT,
+    Spec,
+    assign,
+    generated_position,
+    parse_spec,
+    reorder,
+    sequence_positions,
+)
 from analysis.types import Ids, Selection, raster_ids
 
 ORIGIN = torch.tensor([7, 2, 5, 0])  # as emitted by some pruner, of n = 10
@@ -279,3 +293,20 @@ def test_planes_of_a_whole_grid_are_kept_and_the_text_follows(rows, columns, dat
         assert ids.visual.max() < ids.text_start, spec
     regrid = assign(origin, unpruned, "regrid", 0).visual
     assert len(regrid.unique(dim=0)) == len(origin)
+
+
+def test_table_8_shows_each_combination_once():
+    """What image x text x generated rules make of one plane, over several selections: no two rows are the same."""
+    drawn = [torch.randperm(40, generator=torch.Generator().manual_seed(seed))[:10].sort().values for seed in range(5)]
+    crossed = product(
+        ["original", "compact", "stretched", "prefix"],
+        ["", *(f"@{text}" for text in TEXT)],
+        ["", *(f"+{generated}" for generated in GENERATED)],
+    )
+    made = {}
+    for spec in map("".join, crossed):
+        ids = [assign(origin, raster_ids(40), spec, seed=0) for origin in drawn]
+        made[spec] = str([(one.visual.tolist(), one.text_start, one.generated_start) for one in ids])
+    grid = yaml.safe_load((ROOT / "papermill_runs/10_rec_eval/tab8.yaml").read_text())["grid"]
+    shown = [made[spec] for spec in grid[-1]["ids"]]
+    assert len(set(shown)) == len(shown) and set(shown) == set(made.values())
