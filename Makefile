@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help paper test test-fast fuzz bench gpu slurm-test setup lock clean
+.PHONY: help paper report test test-fast fuzz bench gpu slurm-test setup lock clean
 
 help:  ## these lines
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/'
@@ -22,6 +22,9 @@ setup: .venv/ready  ## make .venv with what pyproject.toml lists, in the version
 
 paper: .venv/ready  ## regenerate every figure and table (what is up to date is left alone)
 	$(BIN)/python -m snakemake --profile profiles/local
+
+report: .venv/ready  ## gather all figures and tables in one page that opens without a network: report.html
+	$(BIN)/python -m analysis report
 
 test: .venv/ready  ## run the tests
 	$(BIN)/python -m pytest -q

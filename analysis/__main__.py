@@ -1,4 +1,4 @@
-"""The command line: python -m analysis ask | compare | run | resume | status | clean | doctor | summarize
+"""The command line: python -m analysis ask | compare | report | run | resume | status | clean | doctor | summarize
 
 `run` executes a producer notebook with papermill, as `make paper` does; the executed notebook beside the rows is the
 log. Exit codes: 0 all is well, 1 something failed or is not as it should be, 2 wrong usage.
@@ -355,6 +355,21 @@ def compare(args: argparse.Namespace) -> int:
     return 0
 
 
+def report(args: argparse.Namespace) -> int:
+    """Gather all figures and tables that are there, with captions and how they were made, in one page that opens from
+    disk without a network. Exit code 1: some are missing; they are listed, and the page has the others."""
+    try:
+        from analysis import report as reporting
+
+        missing = reporting.write(args.out)
+    except (OSError, ValueError, ModuleNotFoundError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(*missing, sep="\n", end="\n" * bool(missing), file=sys.stderr)
+    print(f"written: {args.out}")
+    return int(bool(missing))
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m analysis", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -402,6 +417,8 @@ def main(argv: list[str] | None = None) -> int:
     compared.add_argument("--batch-size", type=int, default=32, help="default: %(default)s")
     compared.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     compared.add_argument("--out", type=Path, help="a folder; default: compare_<methods>_<data>")
+    reported = command("report", report)
+    reported.add_argument("--out", type=Path, default=Path("report.html"), help="default: %(default)s")
     cleaned = command("clean", clean)
     cleaned.add_argument("--yes", action="store_true", help="remove all of them without asking")
     texts = command("summarize", summarize)

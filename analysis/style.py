@@ -134,7 +134,7 @@ def math(text: str) -> str:
 # ---------------------------------------------------------------------------------------------------- page
 
 
-def _digest(files: Iterable[Path]) -> str:
+def digest(files: Iterable[Path]) -> str:
     """16 hex digits of the content of files, in the order given."""
     whole = hashlib.sha256()
     for file in files:
@@ -270,7 +270,7 @@ def page(name: str, scope: Mapping[str, Any], declared: Mapping[str, Any], read:
     files = [Path(file) for file in read]
     commits = {results.provenance(file).get("commit", "unknown") for file in files if file.suffix == ".parquet"}
     made = {"commit": ", ".join(sorted(commits))} if commits else {}
-    made |= {"rows": f"sha256 {_digest(files)}"} if files else {}
+    made |= {"rows": f"sha256 {digest(files)}"} if files else {}
     made |= {"parameters": json.dumps(given, sort_keys=True, ensure_ascii=False)}
     looks = {key: given.get(key, default) for key, default in (("titles", True), ("footer", True), ("smoke", False))}
     return Page(name, width, **looks, made=made)

@@ -50,7 +50,7 @@ def test_the_library_depends_on_what_it_imports_and_each_extra_on_what_its_part_
     files, core = set((ROOT / "analysis").rglob("*.py")), names(PROJECT["dependencies"])
     parts = {
         "summarization": {file for file in files if file.parent.name == "summarization"},
-        "figures": {ROOT / f"analysis/{name}.py" for name in ("style", "ask", "compare")},
+        "figures": {ROOT / f"analysis/{name}.py" for name in ("style", "ask", "compare", "report")},
         "notebooks": {ROOT / "analysis/__main__.py"},
     }
     assert imported(files.difference(*parts.values())) | {"packaging"} == core

@@ -85,7 +85,7 @@ def test_files_say_what_they_show_and_what_they_are_made_of(drawn):
     tex = r"A title. 50 \% of $\lambda$1 \& $R_\mathrm{inc}$ $>$= 0.5 [0.1, 0.9].%"
     assert (folder / "drawn.caption.tex").read_text() == tex + "\n"
     told = Image.open(folder / "drawn.png").text
-    digest = style._digest([drawn[0] / "rows.parquet"])
+    digest = style.digest([drawn[0] / "rows.parquet"])
     assert told["Title"] == "A title." and told["Description"] == text
     commit, rows, parameters = told["Source"].split("; ")
     assert (commit, rows) == ("commit abc123", f"rows sha256 {digest}")
