@@ -88,7 +88,10 @@ def test_the_version_is_the_same_everywhere():
     assert re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.M)[1] == version
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
 def test_documents_name_commands_and_files_that_exist(name):
     said, makefile = (ROOT / name).read_text(), (ROOT / "Makefile").read_text()
     for target in re.findall(r"(?:^|`)make ([\w-]+)", said, re.M):
@@ -97,7 +100,7 @@ def test_documents_name_commands_and_files_that_exist(name):
     for path in re.findall(rf"`((?:{folders})/[\w.*/+-]+)`", said):
         assert any(ROOT.glob(path)), f"{path} does not exist"
     for path in re.findall(r"\]\(([^)#:]+)\)", said):
-        assert (ROOT / path).exists(), f"a link leads to {path}, which does not exist"
+        assert ((ROOT / name).parent / path).exists(), f"a link leads to {path}, which does not exist"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
