@@ -62,29 +62,49 @@ def _grid(view: VisualTokens, origin: torch.Tensor) -> tuple[torch.Tensor, torch
     return (origin // width).where(inside, -1), (origin % width).where(inside, -1)
 
 
-def _shown(
-    model: Model, size: tuple[int, int], visual: VisualTokens, selection: Selection
-) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
-    """`Answer.shown` and `Answer.merged` of a picture of `size` = width, height.
+def _read_area(model: Model, size: tuple[int, int], visual: VisualTokens) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Size, and left and top margin around a picture of `size`, of what the model reads, in the picture's pixels.
 
-    Where a model reads tiles besides the whole picture, the tiles are shown: their tokens are finer.
+    It reads a square around the picture, or the picture itself, stretched; tiles are cut from the picture.
     """
-    origin, view = selection.origin.cpu(), visual
+    width, height = (max(size),) * 2 if visual.tiles is None and model.frame == "padded" else size
+    return (width, height), ((width - size[0]) // 2, (height - size[1]) // 2)
+
+
+def spread(
+    model: Model, size: tuple[int, int], visual: VisualTokens, origin: torch.Tensor, values: torch.Tensor
+) -> NDArray[np.float32]:
+    """[H, W]: values [K] of tokens in the pixels that these read, in a picture of `size` = width, height; else 0.
+
+    origin: [K], as in `Selection`; values of one place add up. Where a model reads tiles besides the whole picture, the
+    tiles are shown: their tokens are finer.
+    """
+    row, column, view = _seen_at(visual, origin)
+    cells = np.zeros(view.grid, dtype=np.float32)
+    np.add.at(cells, (row[row >= 0].numpy(), column[row >= 0].numpy()), values.float().cpu()[row >= 0].numpy())
+    area, (left, top) = _read_area(model, size, visual)
+    pixels = Image.fromarray(cells).resize(area, Image.Resampling.NEAREST)
+    return np.asarray(pixels.crop((left, top, left + size[0], top + size[1])))
+
+
+def _seen_at(visual: VisualTokens, origin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, VisualTokens]:
+    """Rows and columns [K] of tokens in the view that is shown, as `_grid` gives them, and that view."""
+    origin, view = origin.cpu(), visual
     if visual.tiles is not None:
         origin, view = origin - (visual.length - visual.tiles.length), visual.tiles
-    row, column = _grid(view, origin)
-    synthetic, seen = selection.synthetic.cpu(), row >= 0
-    kept = np.zeros(view.grid, dtype=np.uint8)
-    kept[row[seen & ~synthetic], column[seen & ~synthetic]] = 255
-    # what the model reads, in pixels of the picture: a square around it, or the picture itself, stretched
-    padded = visual.tiles is None and model.frame == "padded"
-    width, height = (max(size),) * 2 if padded else size
-    left, top = (width - size[0]) // 2, (height - size[1]) // 2
-    light = Image.fromarray(kept).resize((width, height), Image.Resampling.NEAREST)
-    light = light.crop((left, top, left + size[0], top + size[1]))
-    anchors = torch.stack([column, row], dim=1)[seen & synthetic].double().numpy() + 0.5
-    anchors = anchors * [width / view.grid[1], height / view.grid[0]] - [left, top]
-    return np.asarray(light, dtype=np.float32) / 255, anchors
+    return *_grid(view, origin), view
+
+
+def kept_pixels(
+    model: Model, size: tuple[int, int], visual: VisualTokens, selection: Selection
+) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+    """`Answer.shown` and `Answer.merged` of a picture of `size` = width, height."""
+    synthetic = selection.synthetic.cpu()
+    row, column, view = _seen_at(visual, selection.origin)
+    (width, height), margins = _read_area(model, size, visual)
+    anchors = torch.stack([column, row], dim=1)[(row >= 0) & synthetic].double().numpy() + 0.5
+    anchors = anchors * [width / view.grid[1], height / view.grid[0]] - margins
+    return spread(model, size, visual, selection.origin, ~synthetic), anchors
 
 
 @torch.inference_mode()
@@ -111,7 +131,7 @@ def answers(
         if box is not None:
             box = frame(model.frame).decode(box, image.size)
         sizes = len(selection.origin), len(visual.unpruned.visual)
-        found.append(Answer(cell, raw, error, box, *sizes, *_shown(model, image.size, visual, selection)))
+        found.append(Answer(cell, raw, error, box, *sizes, *kept_pixels(model, image.size, visual, selection)))
     return found
 
 
@@ -182,7 +202,7 @@ def table(found: Sequence[tuple[Path, str, Sequence[Answer]]]) -> pd.DataFrame:
     )
 
 
-def _panel(axis: Axes, pixels: NDArray, size: tuple[int, int], panel: Sequence[Answer], looks: dict) -> None:
+def draw_panel(axis: Axes, pixels: NDArray, size: tuple[int, int], panel: Sequence[Answer], looks: dict) -> None:
     """One selection of tokens: the kept ones bright, and the boxes of all IDs. pixels: [H, W, 3] in 0..1; size: of the
     picture; looks: colour and line of each label."""
     from matplotlib.patches import Rectangle
@@ -257,9 +277,10 @@ def draw(found: Sequence[tuple[Path, str, Sequence[Answer]]], title: str = "") -
         small = picture.copy()
         small.thumbnail((LONGEST, LONGEST))
         for axis, panel in zip(line, panels):
-            _panel(axis, np.asarray(small) / 255, picture.size, panel, looks)
+            draw_panel(axis, np.asarray(small) / 255, picture.size, panel, looks)
         said = f"{path.name}: “{expression}”"
-        line[0].text(0.06, 0, said, transform=line[0].transAxes, va="top", fontsize=7.5).set_in_layout(False)
+        where = dict(transform=line[0].transAxes, va="top", parse_math=False)  # dollars start no formula
+        line[0].text(0.06, 0, said, fontsize=7.5, **where).set_in_layout(False)
     named = style.LABELS | {"unpruned": "unpruned"}
     handles = [
         plt.Line2D([], [], color=colour, ls=line, label=named.get(kind, f"{kind} IDs"))

@@ -84,7 +84,17 @@ def test_the_command_on_a_phones_picture(tiny_folder, tmp_path, monkeypatch, cap
     exif[0x0112] = 6
     noise(64, 48).save("phone.jpg", exif=exif)
     (tmp_path / "broken.jpg").write_text("no picture")
-    given = ["ask", "phone.jpg", "red cat", "--model", str(tiny_folder), "--ids", "original,compact", "--keep", "0.5"]
+    given = [
+        "ask",
+        "phone.jpg",
+        "red $cat_$",
+        "--model",
+        str(tiny_folder),
+        "--ids",
+        "original,compact",
+        "--keep",
+        "0.5",
+    ]
     sizes = []
     answers = ask.answers
     monkeypatch.setattr(
@@ -123,7 +133,7 @@ def test_tiles_are_shown_where_there_are_any(tiny):
         [0, 3, 4 + 0, 4 + 3, 4 + 6, 4 + 7]
     )  # two of the whole view; tiles (0, 0), newline, (1, 2), newline
     selection = Selection(torch.zeros(6, 2), origin, torch.zeros(6, dtype=torch.bool))
-    shown, merged = ask._shown(tiny, (30, 20), visual, selection)
+    shown, merged = ask.kept_pixels(tiny, (30, 20), visual, selection)
     expected = np.zeros((20, 30))
     expected[:10, :10] = expected[10:, 20:] = 1
     np.testing.assert_array_equal(shown, expected)

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import nbformat
 import numpy as np
 import pytest
 import yaml
@@ -123,6 +124,13 @@ def test_attention(model, produced, tmp_path):
     )
     given = {kind: [f"{rows}_{kind}.parquet"] for kind in ("attention", "soft")}
     draw("fig9_inconsistency_of_pruning", FIGURE, given | {"hard": [produced("fig3")]}, tmp_path)
+
+
+def test_the_explorer_as_a_static_picture(model, tmp_path):
+    draw("00_explore", FIGURE, {"model": model, "limit": 1, "ids": "original+cache"}, tmp_path)
+    outputs = [out for cell in nbformat.read(tmp_path / "drawn.ipynb", 4).cells for out in cell.get("outputs", [])]
+    assert any("image/png" in out.get("data", {}) for out in outputs)
+    assert any("original+cache" in out.get("data", {}).get("text/html", "") for out in outputs)
 
 
 @pytest.mark.parametrize("figure", ["figA_refstamps", "figB_testbed"])

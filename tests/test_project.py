@@ -51,7 +51,7 @@ def test_the_library_depends_on_what_it_imports_and_each_extra_on_what_its_part_
     parts = {
         "summarization": {file for file in files if file.parent.name == "summarization"},
         "figures": {ROOT / f"analysis/{name}.py" for name in ("style", "ask", "compare", "report")},
-        "notebooks": {ROOT / "analysis/__main__.py"},
+        "notebooks": {ROOT / f"analysis/{name}.py" for name in ("__main__", "explore")},
     }
     assert imported(files.difference(*parts.values())) | {"packaging"} == core
     for name, part in parts.items():
