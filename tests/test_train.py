@@ -151,9 +151,10 @@ def test_the_pool_replaces_the_oldest():
 
 
 @torch.no_grad()
-def test_begin_as_keeps_what_is_shared(towers, tmp_path):
+def test_begin_as_keeps_what_is_shared(towers, tmp_path, monkeypatch):
     """A linear connector starts as the least-squares fit of the other's; what two models share computes the same."""
     torch.manual_seed(0)
+    monkeypatch.setattr(instruct, "FITTED", 20)
     llava, shikra = (design.build(name, towers[None], tmp_path / name)[1] for name in ("tiny-llava", "tiny-shikra"))
     instruct.begin_as(shikra, llava)
     words = torch.arange(10)[None]
@@ -212,6 +213,7 @@ def test_training_resumes_and_exports(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(loop, "CHECKPOINTS", checkpoints)
     monkeypatch.setattr(loop, "BEGUN", tmp_path)
+    monkeypatch.setattr(instruct, "FITTED", 4)
     common = "--batch 2 --pool 4 --fresh 2 --log 1 --evaluate 100 --device cpu --workers 0 --held-out 2".split()
     train.main(["tiny-clip", "--steps", "1", *common])
     train.main(["tiny-llava", "--steps", "1", "--questions", "2", *common])

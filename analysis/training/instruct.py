@@ -41,6 +41,7 @@ from analysis.training.stream import Item, Pool, Scenes, held_out
 WRITTEN = 16  # questions that are written for a scene; a step asks some of them
 LONG = "the brown dog that is above the yellow guitar and left of the red car"
 FILLED = 40  # words, at most, that are put in before the image
+FITTED = 100  # scenes that a linear connector is fitted on at first
 PREFIXES = 512  # variants of the text before the image
 # Shikra is asked in one of its 54 templates; the 31st has the image first, so that one row can hold several questions
 IMAGE_FIRST = "In {image}, I need the bounding box coordinates of {{}}."
@@ -295,7 +296,7 @@ def begin_as(model: Model, other: Model) -> None:
         grow(model.connector, other.connector)
         return
     side = other.tower.config.image_size
-    squares = [other.squared(drawn.image).resize((side, side)) for drawn in held_out(100)]
+    squares = [other.squared(drawn.image).resize((side, side)) for drawn in held_out(FITTED)]
     wanted = other.encode(squares).features
     if not qwen and model.grid != other.grid:
         wanted = wanted.unflatten(1, (-1, 4)).mean(2)
