@@ -123,8 +123,11 @@ def drawing_key(wildcards):
 
 
 def drawing(wildcards):
-    """The parameters of a consumer: its rows, and the paper's name, which only the graph may give."""
-    return json.dumps(READS[wildcards.name] | {"out": wildcards.name}) if READS[wildcards.name] else "{}"
+    """The parameters of a consumer: its rows, one file as such, and the paper's name, which only the graph may give."""
+    default = notebooks.defaults(f"notebooks/{wildcards.name}.ipynb")
+    one = {name for name in READS[wildcards.name] if isinstance(default[name], str) and "*" not in default[name]}
+    reads = {name: files[0] if name in one else files for name, files in READS[wildcards.name].items()}
+    return json.dumps(reads | {"out": wildcards.name}) if reads else "{}"
 
 
 def drawn_from(wildcards):

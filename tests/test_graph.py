@@ -119,6 +119,25 @@ def test_the_first_run_of_a_clone_removes_only_what_it_makes_again(project):
     )
 
 
+def test_each_consumer_takes_what_the_graph_gives_it(project):
+    """The first cells of every figure and table, run with the parameters that `make paper` gives."""
+    code, said = project.run("--dry-run", "--forceall")
+    assert code == 0, said[-3000:]
+    given = dict(re.findall(r"papermill notebooks/((?:fig|tab)\w+)\.ipynb .* -y '(\{.*?\})'", said))
+    consumers = {path.stem for kind in ("fig", "tab") for path in (ROOT / "notebooks").glob(f"{kind}*.ipynb")}
+    assert set(given) == consumers and sum(parameters != "{}" for parameters in given.values()) > 15
+    for name, parameters in given.items():
+        cells = json.loads((ROOT / f"notebooks/{name}.ipynb").read_text())["cells"]
+        code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+        at = next(i for i, source in enumerate(code) if "params.check(" in source)
+        scope = {}
+        for source in code[:at]:
+            exec(source, scope)
+        scope |= json.loads(parameters)
+        exec(code[at].split("\nfrom ")[0].split("\nimport ")[0], scope)
+        assert scope["out"] == name
+
+
 def test_only_content_makes_a_job_stale(project):
     """Dates, outputs, texts, comments, formatting and a further pruner do not; what a job uses does, and only there."""
     notebook = project.folder / "notebooks/10_rec_eval.ipynb"
