@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
 
 import pandas as pd
@@ -13,8 +14,8 @@ _TEX = {
     "^": r"\textasciicircum{}",
     **{sign: f"\\{sign}" for sign in "&%$#_{}"},
     **{sign: f"${sign}$" for sign in "<>|"},
-    "λ": r"$\lambda$",
-    "ρ": r"$\rho$",
+    **{sign: rf"$\{unicodedata.name(sign).split()[-1].lower()}$" for sign in "αβγδεζηθικμνξπρστυφχψω"},
+    "λ": r"$\lambda$",  # Unicode's name of it is lamda
     "±": r"$\pm$",
     "×": r"$\times$",
     "≥": r"$\geq$",

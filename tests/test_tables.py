@@ -94,6 +94,12 @@ def compiled(folder, *names):
     return (folder / "paper.log").read_text(errors="replace")
 
 
+def test_no_letter_of_a_table_or_caption_needs_more_than_latin_1():
+    assert latex("β and λ, α to ω") == r"$\beta$ and $\lambda$, $\alpha$ to $\omega$"
+    for path in (ROOT / "figures").glob("*.tex"):
+        path.read_text().encode("latin-1")
+
+
 def test_latex_sets_whatever_a_table_holds(tmp_path, monkeypatch):
     saved(tmp_path, monkeypatch, hostile(), note=["λ_1, 50 % & [CLS]"], groups=True)
     assert "Overfull" not in compiled(tmp_path, "t")
