@@ -90,12 +90,9 @@ def train(args) -> None:
         scenes = Scenes(partial(write, tokenizer, classes), args.seed, state["scenes"], args.easy)
         pool = Pool(scenes, args.pool, args.fresh * args.every, args.workers,
                     lambda items: {name: value.to(args.device) for name, value in items.items()})  # fmt: skip
-        rng, step = np.random.default_rng([13, args.seed, state["step"]]), 0
-        while True:
-            if step and step % args.every == 0:
-                pool.refresh()
-            step += 1
-            index = torch.from_numpy(rng.integers(pool.filled, size=args.batch)).to(args.device)
+        rng = np.random.default_rng([13, args.seed, state["step"]])
+        for _ in pool.steps(args.every):
+            index = pool.pick(rng, args.batch)
             which = torch.from_numpy(rng.integers(3, size=args.batch)).to(args.device)
             batch = {name: value[index] for name, value in pool.items.items()}
             batch["captions"], batch["lengths"] = (batch[name][torch.arange(args.batch), which] for name in

@@ -103,12 +103,9 @@ def train(stage: str, args) -> None:
         scenes = Scenes(student.write, args.seed, state["scenes"], args.easy)
         pool = Pool(scenes, args.pool, args.fresh * args.every, args.workers,
                     lambda items: {name: value.to(args.device) for name, value in items.items()})  # fmt: skip
-        rng, step = np.random.default_rng([19, args.seed, state["step"]]), 0
-        while True:
-            if step and step % args.every == 0:
-                pool.refresh()
-            step += 1
-            index = torch.from_numpy(rng.integers(pool.filled, size=args.batch)).to(args.device)
+        rng = np.random.default_rng([19, args.seed, state["step"]])
+        for _ in pool.steps(args.every):
+            index = pool.pick(rng, args.batch)
             yield "imitate", {name: value[index] for name, value in pool.items.items()}, pool.drawn
 
     @torch.no_grad()

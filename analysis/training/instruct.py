@@ -349,14 +349,11 @@ def feeder(model: Model, args):
     def feed(state: dict) -> Iterator[tuple[str, Item, int]]:
         scenes = Scenes(Writer(on_cpu(model)), args.seed, state["scenes"], args.easy)
         pool = Pool(scenes, args.pool, args.fresh * args.every, args.workers, prepare)
-        rng, step = np.random.default_rng([17, args.seed, state["step"]]), 0
-        while True:
-            if step and step % args.every == 0:
-                pool.refresh()
-            step += 1
+        rng = np.random.default_rng([17, args.seed, state["step"]])
+        for _ in pool.steps(args.every):
             single = first and rng.random() < args.alone
             rows = args.batch * (2 if single else 1)
-            index = torch.from_numpy(rng.integers(pool.filled, size=rows)).to(device)
+            index = pool.pick(rng, rows)
             inputs = {key: pool.items[key][index] for key in ("seen", "kind", "place", "text_start")}
             name = "single_" if single else ""
             written = pool.items[f"{name}ids"].shape[1]

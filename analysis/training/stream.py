@@ -8,6 +8,7 @@ it by index. A scene stays for some steps, each time with other questions.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import count
 
 import numpy as np
 import torch
@@ -70,6 +71,18 @@ class Pool:
         self.place = (self.place + self.fresh) % self.size
         self.drawn += self.fresh
         self.filled = min(self.size, self.filled + self.fresh)
+
+    def steps(self, every: int) -> Iterator[None]:
+        """Endless steps, after each `every` of which new items come."""
+        for step in count():
+            if step and step % every == 0:
+                self.refresh()
+            yield
+
+    def pick(self, rng: np.random.Generator, size: int) -> Tensor:
+        """[size] places of items drawn at random, where the items are."""
+        device = next(iter(self.items.values())).device
+        return torch.from_numpy(rng.integers(self.filled, size=size)).to(device)
 
 
 def held_out(count: int) -> list[Scene]:
