@@ -1,7 +1,11 @@
-"""Published numbers, each with its source. What has no source is absent: an empty cell, never a guess."""
+"""Published numbers, each with its source. What has no source is absent: an empty cell, never a guess.
+
+What public code does with position IDs stands in upstream_ids.csv, as read at the commit that each row names.
+"""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -61,6 +65,12 @@ PUBLISHED = pd.DataFrame(
     ],
     columns=_COLUMNS,
 )
+
+# One row for each public code, a method's own before ports of it. where: tokens are dropped before the decoder, inside
+# it or in both; image, text, generated: IDs of kept tokens at prefill, of the text after them, and of the answer
+# (original, compact, after: one beyond the kept tokens' largest, cache: counted by it, columns: of the grid); ids: the
+# same as a specification of `analysis.positions`, empty where none says it; source: "read", or what is not confirmed.
+UPSTREAM_IDS = pd.read_csv(Path(__file__).with_name("upstream_ids.csv"), keep_default_na=False)
 
 
 def published(**where: Any) -> float | None:

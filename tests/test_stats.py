@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from analysis.published import PUBLISHED, published
+from analysis.positions import parse_spec
+from analysis.pruning import PRUNERS
+from analysis.published import PUBLISHED, UPSTREAM_IDS, published
 from analysis.registry import matching
 from analysis.stats import (
     clustered_interval,
@@ -279,6 +281,24 @@ def test_published_numbers_have_sources_and_are_found_once():
         published(model="MiniGPTv2", ids="compact")
     with pytest.raises(ValueError, match="unknown column 'modle'; did you mean 'model'"):
         published(modle="LLaVA")
+
+
+def test_what_public_code_does_with_ids_is_well_formed_and_what_methods_say_of_it():
+    assert UPSTREAM_IDS["commit"].str.fullmatch("[0-9a-f]{40}").all() and not UPSTREAM_IDS.duplicated().any()
+    assert UPSTREAM_IDS["repository"].str.fullmatch(r"[\w.-]+/[\w.-]+").all()
+    assert set(UPSTREAM_IDS["where"]) == {"before", "inside", "both"}
+    assert (UPSTREAM_IDS[["method", "file", "note", "source"]] != "").all(axis=None)
+    read = UPSTREAM_IDS["source"].str.match("read( |$)")
+    assert UPSTREAM_IDS.loc[~read, "source"].str.startswith("not confirmed: ").all()
+    assert (UPSTREAM_IDS.loc[~read, ["image", "text", "generated", "ids"]] == "").all(axis=None)
+    for row in UPSTREAM_IDS[read].itertuples():
+        assert {row.image, row.text, row.generated} <= {"original", "compact", "after", "cache", "columns"}
+        if row.ids:
+            spec = parse_spec(row.ids)
+            text = spec.text or spec.name
+            assert (row.image, row.text, row.generated) == (spec.name, text, spec.generated or text), row.method
+    own = UPSTREAM_IDS[UPSTREAM_IDS["pruner"] != ""].groupby("pruner")["ids"].first().to_dict()
+    assert own == {name: method.upstream for name, method in PRUNERS.items() if method.upstream}
 
 
 def test_retained_is_the_ratio_of_sums_and_its_interval_nearly_the_naive_one():

@@ -62,13 +62,15 @@ class Method:
     """A pruning method with some of its options set; called, it prunes.
 
     label: its name in figures and tables; module: its module in this package, or the path of a .py file; options: by
-    name; function: what prunes in that module.
+    name; function: what prunes in that module; upstream: the IDs that its authors' public code gives, as a
+    specification (analysis/upstream_ids.csv says where they were read), None where there is no such code.
     """
 
     label: str
     module: str
     options: Mapping[str, Any] = field(default_factory=dict)
     function: str = "prune"
+    upstream: str | None = None
 
     def _module(self) -> Any:
         return _of_file(self.module) if self.module.endswith(".py") else import_module(f"{__name__}.{self.module}")
@@ -101,17 +103,17 @@ PRUNERS: dict[str, Method] = {
     "spatial": Method("spatial grid", "spatial"),
     "cls_similarity": Method("[CLS] similarity", "cls_similarity"),
     "text_similarity": Method("text similarity", "text_similarity"),
-    "prumerge": Method("PruMerge", "prumerge"),
-    "prumerge+": Method("PruMerge+", "prumerge", {"plus": True}),
-    "trim": Method("TRIM", "trim"),
+    "prumerge": Method("PruMerge", "prumerge", upstream="compact"),
+    "prumerge+": Method("PruMerge+", "prumerge", {"plus": True}, upstream="compact"),
+    "trim": Method("TRIM", "trim", upstream="compact"),
     "trim:lowest=false": Method("TRIM, sign turned", "trim", {"lowest": False}),
-    "fastervlm": Method("FasterVLM", "fastervlm"),
-    "divprune": Method("DivPrune", "divprune"),
-    "visionzip": Method("VisionZip", "visionzip"),
-    "vispruner": Method("VisPruner", "vispruner"),
-    "cdpruner": Method("CDPruner", "cdpruner"),
-    "holov": Method("HoloV", "holov"),
-    "dart": Method("DART", "dart"),
+    "fastervlm": Method("FasterVLM", "fastervlm", upstream="compact"),
+    "divprune": Method("DivPrune", "divprune", upstream="compact"),
+    "visionzip": Method("VisionZip", "visionzip", upstream="compact"),
+    "vispruner": Method("VisPruner", "vispruner", upstream="compact"),
+    "cdpruner": Method("CDPruner", "cdpruner", upstream="compact"),
+    "holov": Method("HoloV", "holov", upstream="compact"),
+    "dart": Method("DART", "dart", upstream="original"),
 }
 
 
