@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby, product
@@ -243,33 +243,36 @@ def texts(model: Model, answers: Sequence[list[int] | None]) -> tuple[list[str],
     )
 
 
-def _answers(
+def _table(
     run: Run,
     rows: pd.DataFrame,
-    prompts: dict[str, tuple[Tensor, Tensor]],
-    placed: Sequence[tuple[Tensor, Ids]],
-    of_row: dict[Any, int],
-) -> tuple[pd.Series, pd.Series]:
-    """The model's text for each row, "" where there is none, and why there is none, in batches of similar length.
+    errors: dict[Any, str],
+    cell: Cell,
+    todo: Sequence[Any],
+    answer: Callable[[list[Any]], dict[str, Any]],
+) -> pd.DataFrame:
+    """The finished rows of one cell on one chunk, answered in batches, which are halved where memory runs out.
 
-    prompts: by expression; placed, of_row: as in `Chosen`, the selections in the cell's order with its IDs.
+    errors: as `_readable` gives them; todo: the rows to answer, by their index; answer: (some of them) -> their columns
+    raw, tokens and tokens_full, and error where an answer can fail.
     """
-    raw, errors = (pd.Series("", index=rows.index) for _ in range(2))
-    todo = sorted(of_row, key=lambda row: len(placed[of_row[row]][0]))  # stable: the rows of an image stay together
+    model = run.model
+    table = id_columns(model, run.dataset, rows, _columns(rows)).assign(
+        raw="", dialect=model.box_format, frame=model.frame, **cell.columns(), tokens=np.nan, tokens_full=np.nan
+    )
+    table["error"] = [errors.get(image_id, "") for image_id in rows["image_id"]]
+    run.bar.update(len(rows) - len(todo))
     while todo:
         part = todo[: run.state.expressions]
-        asked, numbers = [prompts[rows["expression"][row]] for row in part], [of_row[row] for row in part]
         try:
-            tokens = _answer(run.model, asked, placed, numbers, run.state.draft)
+            answered = answer(part)
         except torch.OutOfMemoryError:
-            run.state.expressions = _out_of_memory(run.model, len(part), "expressions")
+            run.state.expressions = _out_of_memory(model, len(part), "expressions")
             continue
-        run.state.tokens += sum(len(answer) for answer in tokens if answer is not None)
-        raw[part], errors[part] = texts(run.model, tokens)
+        table.loc[part, list(answered)] = pd.DataFrame(answered, index=part)
         todo = todo[len(part) :]
         run.bar.update(len(part))
-    run.bar.update(len(rows) - len(of_row))
-    return raw, errors
+    return table.astype({"keep": float}).reset_index(drop=True)
 
 
 def _blank(model: Model) -> VisualTokens:
@@ -332,18 +335,22 @@ def _tables(
             made[key] = _choose(run, encoded, rows, cell)
         selections, image_ids, of_row = made[key]
         placed = [_place(one, unpruned[i], cell, image_seed(cell.seed, i)) for one, i in zip(selections, image_ids)]
-        raw, failed = _answers(run, rows, prompts, placed, of_row)
-        answered = dict(
-            raw=raw,
-            dialect=model.box_format,
-            frame=model.frame,
-            **cell.columns(),
-            tokens=[float(len(placed[of_row[row]][0])) if row in of_row else float("nan") for row in rows.index],
-            tokens_full=[float(len(unpruned[i].visual)) if i in unpruned else float("nan") for i in rows["image_id"]],
-            error=[errors.get(i, "") for i in rows["image_id"]] + failed,
-        )
-        table = id_columns(model, run.dataset, rows, _columns(rows)).assign(**answered)
-        yield cell, table.astype({"keep": float}).reset_index(drop=True)
+
+        def answer(part: list[Any], placed=placed, image_ids=image_ids, of_row=of_row) -> dict[str, Any]:
+            numbers = [of_row[row] for row in part]
+            tokens = _answer(model, [prompts[e] for e in rows["expression"][part]], placed, numbers, run.state.draft)
+            run.state.tokens += sum(len(one) for one in tokens if one is not None)
+            raw, error = texts(model, tokens)
+            return dict(
+                raw=raw,
+                tokens=[float(len(placed[number][0])) for number in numbers],
+                tokens_full=[float(len(unpruned[image_ids[number]].visual)) for number in numbers],
+                error=error,
+            )
+
+        # Batches of similar length; stable, so that the rows of an image stay together.
+        todo = sorted(of_row, key=lambda row: len(placed[of_row[row]][0]))
+        yield cell, _table(run, rows, errors, cell, todo, answer)
 
 
 def _tables_by_generate(
@@ -356,26 +363,15 @@ def _tables_by_generate(
     """As `_tables`, for a model that the engine cannot run: every expression goes through `generate` with its image."""
     model, message = run.model, run.model.ask_for if "answer" in rows else run.model.rec
     for cell in missing:
-        table = id_columns(model, run.dataset, rows, _columns(rows)).assign(
-            raw="", dialect=model.box_format, frame=model.frame, **cell.columns(), tokens=np.nan, tokens_full=np.nan
-        )
+
+        def answer(part: list[Any], cell=cell) -> dict[str, Any]:
+            image_ids = rows["image_id"][part]
+            seeds, shown = [image_seed(cell.seed, i) for i in image_ids], [images[i] for i in image_ids]
+            said, done = model.answer(shown, list(rows["expression"][part]), message, cell, seeds)
+            return dict(raw=said, tokens=np.array(done.kept, float), tokens_full=np.array(done.full, float))
+
         todo = [row for row, image_id in rows["image_id"].items() if image_id in images]
-        run.bar.update(len(rows) - len(todo))
-        while todo:
-            part = rows.loc[todo[: run.state.expressions]]
-            seeds = [image_seed(cell.seed, image_id) for image_id in part["image_id"]]
-            shown = [images[image_id] for image_id in part["image_id"]]
-            try:
-                said, done = model.answer(shown, list(part["expression"]), message, cell, seeds)
-            except torch.OutOfMemoryError:
-                run.state.expressions = _out_of_memory(model, len(part), "expressions")
-                continue
-            answered = dict(raw=said, tokens=np.array(done.kept, float), tokens_full=np.array(done.full, float))
-            table.loc[part.index, list(answered)] = pd.DataFrame(answered, index=part.index)
-            todo = todo[len(part) :]
-            run.bar.update(len(part))
-        table["error"] = [errors.get(image_id, "") for image_id in rows["image_id"]]
-        yield cell, table.astype({"keep": float}).reset_index(drop=True)
+        yield cell, _table(run, rows, errors, cell, todo, answer)
 
 
 def _device(model: Model) -> str:
@@ -438,12 +434,44 @@ def evaluate(
         if size < 1:
             raise ValueError(f"{name} must be >= 1, got {size}")
     pieces = len(grid) * len(_blocks(dataset.rows["image_id"].unique(), chunk))
-    if (shards := results.parse_shard(shard)[1]) > pieces:
+    if results.parse_shard(shard)[1] > pieces:
         raise ValueError(
             f"shard {shard} of {pieces} pieces of work, each one cell on up to {chunk} images; there can "
             f"be no more than {pieces} shards"
         )
     by_text = _check_model(model, grid)
+    about = _about_rows(model, dataset, grid, batch_size, chunk, any(by_text.values()))
+    out, about["provenance"] = _share(out, about["provenance"], shard)
+    worded = "answer" in dataset.rows or isinstance(model, ByGenerate)
+    state, start = RunState(batch_size, chunk, () if worded else box_draft(model)), time.monotonic()
+    with results.locked(out):
+        if results.made_before(out, about["provenance"]):
+            return results.read_back(out)
+        with tqdm(unit=" expressions", disable=not progress) as bar:
+            run = Run(
+                model=model,
+                dataset=dataset,
+                grid=grid,
+                by_text=by_text,
+                out=out,
+                shard=shard,
+                max_failed=max_failed,
+                state=state,
+                bar=bar,
+                **about,
+            )
+            rows = _run(run)
+    print(_summary(model, out, rows, state, time.monotonic() - start))
+    return rows
+
+
+def _about_rows(
+    model: Model | ByGenerate, dataset: RecDataset, grid: Sequence[Cell], batch_size: int, chunk: int, texts: bool
+) -> dict[str, Any]:
+    """The fields facts, pruners, pictures and provenance of a `Run`. texts: whether the model's CLIP reads words.
+
+    Raises RuntimeError where the code that would answer has changed since this process began.
+    """
     image_ids = list(dataset.rows["image_id"].unique())
     pictures = dict(zip(image_ids, keys.pictures(dataset, image_ids), strict=True))
     pruners = {spec: keys.pruner(spec, find_pruner(spec)) for spec in sorted({cell.pruner for cell in grid})}
@@ -463,42 +491,20 @@ def evaluate(
         "pictures": keys.fingerprint(list(pictures.values())),
         "cells": [cell.columns() for cell in grid],
         "pruners": pruners,
-        "clip": model.clip_files if any(by_text.values()) else {},
+        "clip": model.clip_files if texts else {},
     }
     whole["fingerprint"] = keys.fingerprint({name: whole[name] for name in whole.keys() - keys.NOT_KEY})
+    return dict(facts=facts, pruners=pruners, pictures=pictures, provenance=whole)
+
+
+def _share(out: Path, whole: dict[str, Any], shard: str) -> tuple[Path, dict[str, Any]]:
+    """The file and the provenance of one shard's rows. out: of all rows, with "{key}" for their key; whole: of all."""
     out = out.with_name(out.name.replace("{key}", whole["fingerprint"]))
-    if shards > 1:
+    if results.parse_shard(shard)[1] > 1:
         results.claim(out, whole)
-        whole |= {"shard": shard, "whole": whole["fingerprint"]}
-        whole["fingerprint"] = keys.fingerprint([whole["whole"], shard])
-    out = results.shard_path(out, shard)
-    start, draft = (
-        time.monotonic(),
-        () if "answer" in dataset.rows or isinstance(model, ByGenerate) else box_draft(model),
-    )
-    state = RunState(batch_size, chunk, draft)
-    with results.locked(out):
-        if results.made_before(out, whole):
-            return results.read_back(out)
-        with tqdm(unit=" expressions", disable=not progress) as bar:
-            run = Run(
-                model=model,
-                dataset=dataset,
-                grid=grid,
-                by_text=by_text,
-                out=out,
-                facts=facts,
-                pruners=pruners,
-                pictures=pictures,
-                provenance=whole,
-                shard=shard,
-                max_failed=max_failed,
-                state=state,
-                bar=bar,
-            )
-            rows = _run(run)
-    print(_summary(model, out, rows, state, time.monotonic() - start))
-    return rows
+        key = keys.fingerprint([whole["fingerprint"], shard])
+        whole = whole | {"shard": shard, "whole": whole["fingerprint"], "fingerprint": key}
+    return results.shard_path(out, shard), whole
 
 
 def _data_key(rows: pd.DataFrame) -> str:

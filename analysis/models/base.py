@@ -127,7 +127,12 @@ class Model(LanguageModel):
 
     @torch.inference_mode()
     def encode(self, images: Sequence[Image.Image]) -> VisualTokens:
-        """Encode B >= 1 images of one `layout` once, with the signals of `types.Signals` that need no text."""
+        """Encode B >= 1 images once, with the signals of `types.Signals` that need no text.
+
+        Raises ValueError for images of several layouts.
+        """
+        if len({self.layout(image.size) for image in images}) > 1:
+            raise ValueError("images of several layouts cannot be encoded in one batch; see `layout`")
         return self.see(self.pixels(images), images[0].size)
 
     def see(self, pixels: Tensor, size: tuple[int, int]) -> VisualTokens:

@@ -62,12 +62,6 @@ class LlavaNext(base.Model):
         pixels = self.processor([image.convert("RGB") for image in images], return_tensors="pt").pixel_values
         return pixels.to(self.device, self.dtype)
 
-    @torch.inference_mode()
-    def encode(self, images: Sequence[Image.Image]) -> VisualTokens:
-        if len({self.layout(image.size) for image in images}) > 1:
-            raise ValueError("images of several layouts cannot be encoded in one batch; see `layout`")
-        return super().encode(images)
-
     def see(self, pixels: Tensor, size: tuple[int, int]) -> VisualTokens:
         index, tiles = self.mosaic(size)
         views = self.look(pixels.flatten(0, 1))

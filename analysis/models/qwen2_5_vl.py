@@ -64,12 +64,6 @@ class Qwen2_5VL(base.Model):
         seen = self.processor([image.convert("RGB") for image in images], return_tensors="pt")
         return seen.pixel_values.unflatten(0, (len(images), -1)).to(self.device, self.dtype)
 
-    @torch.inference_mode()
-    def encode(self, images: Sequence[Image.Image]) -> VisualTokens:
-        if len({self.layout(image.size) for image in images}) > 1:
-            raise ValueError("images of several layouts cannot be encoded in one batch; see `layout`")
-        return super().encode(images)
-
     def see(self, pixels: Tensor, size: tuple[int, int]) -> VisualTokens:
         grid, count, merge = self.layout(size), len(pixels), self.processor.merge_size
         grids = torch.tensor([[1, *(merge * side for side in grid)]] * count, device=self.device)

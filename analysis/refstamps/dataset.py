@@ -6,7 +6,7 @@ from functools import lru_cache
 
 import pandas as pd
 from PIL import Image
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from analysis import keys
 from analysis.rec.datasets import IMAGES
