@@ -43,7 +43,7 @@ from transformers import PreTrainedModel
 from analysis.engine.decode import for_decoder
 from analysis.models import clip as clips
 from analysis.models.towers import TOWERS, offers
-from analysis.positions import ORDERS, assign, parse_spec, reorder
+from analysis.positions import ORDERS, assign, parse_spec, reads_truth, reorder
 from analysis.pruning import Pruner, all_pruners
 from analysis.pruning import pruner as find_pruner
 from analysis.pruning.images import prune_images
@@ -416,7 +416,9 @@ def _try(prune: Pruner, keep: float | None, signals: Sequence[str]) -> None:
 
 
 def check_pruner(model: PreTrainedModel, cell: Cell) -> Pruner:
-    """The cell's method. Raises ValueError where it cannot run on this model or with this keep ratio."""
+    """The cell's method. Raises ValueError where it, or the IDs, cannot run on this model or with this keep ratio."""
+    if reads_truth(cell.ids):
+        raise ValueError(f"IDs {cell.ids!r} read the ground truth, which only evaluation on data with boxes has")
     prune, signals = find_pruner(cell.pruner), offers(model.config)
     try:
         _try(prune, cell.keep, signals)
@@ -486,7 +488,6 @@ def pruned(
     listed = None if isinstance(seed, int) else list(seed)
     cell = Cell(pruner, keep, order, ids, 0 if listed is not None else seed)
     parse_spec(order, ORDERS)
-    parse_spec(ids)
     prune = check_pruner(model, cell)
     if model in _ACTIVE:
         raise RuntimeError("this model is being pruned already; leave the outer `with pruned(...)` first")

@@ -4,11 +4,11 @@ The physical order sets the causal mask: which visual tokens a visual token can 
 how far apart two tokens seem. Pruners upstream tie the two together by numbering tokens as they come; arXiv:2506.21873
 shows that this breaks grounding in two ways, permuted (another order) and shifted (gaps closed), and GAP unties them.
 
-Specifications are strings, name[:value] for an order and name[:value][@text][+generated] for IDs. A rule starts from
-the image's own unpruned IDs (`VisualTokens.unpruned`): u is that of a kept token, n the number of visual tokens before
-pruning, K after, and e the ID at which the text goes on unpruned. In most models u is the raster index and e = n. Under
-M-RoPE u has three planes, (0, row, column), and e = max(rows, columns): what a rule does, it does to each plane. IDs
-count from the image's first slot; `sequence_positions` puts the text around them.
+Specifications are strings, name[:value] for an order and name[:value][#part][@text][+generated] for IDs. A rule starts
+from the image's own unpruned IDs (`VisualTokens.unpruned`): u is that of a kept token, n the number of visual tokens
+before pruning, K after, and e the ID at which the text goes on unpruned. In most models u is the raster index and
+e = n. Under M-RoPE u has three planes, (0, row, column), and e = max(rows, columns): what a rule does, it does to each
+plane. IDs count from the image's first slot; `sequence_positions` puts the text around them.
 
   order   method             as the pruner emits them
           raster             by raster index before pruning
@@ -33,6 +33,19 @@ count from the image's first slot; `sequence_positions` puts the text around the
                              in physical order row by row; in one plane as compact
           shuffled_rows[:share], shuffled_columns[:share]                                   e
                              in planes, u with only this plane permuted, as in shuffled
+          rolled_columns:share, rolled_rows:share                                           e
+                             the u of the token a share of the columns (rows) farther on, in whole ones, halves
+                             rounded up; beyond the last follows the first
+          flipped_columns, flipped_rows                                                     e
+                             the u of the token at the mirrored place
+          exchanged          a token of the target's box has the u of the one at the same relative      e
+                             place in another object's box, and the reverse; of both boxes: u
+
+  #part   #target            only the tokens that the target's box touches get the rule's IDs, all others u
+          #background        the reverse
+          #share             a seeded share of the tokens, halves rounded up, gets them; a smaller share is part of a
+                             larger one: with compact, all but the share are repaired
+          With # the text starts at e where no @ is given (shifted may then reach its IDs).
 
   @text   @after             largest visual ID + 1: isolates the gap between the last kept token and the text
           @original          e: the text stands where it would unpruned, which isolates the image's own IDs
@@ -45,7 +58,9 @@ count from the image's first slot; `sequence_positions` puts the text around the
           +cache             they are counted by the cache, as loops do that forget the prefill's IDs: the number of
                              tokens read so far, plus e - n (the offset that M-RoPE's models keep from the whole prompt)
 
-As in "original@compact", "shifted:100@after" or "original+cache": GAP at prefill, compact IDs while decoding.
+As in "original@compact", "compact#target", "shifted:100@after" or "original+cache": GAP at prefill, compact IDs while
+decoding. Views of an image (LLaVA-NeXT) are rolled, flipped and exchanged each by itself, newlines with their rows.
+exchanged, #target and #background read the ground truth (`types.Truth`), which only evaluation on data with boxes has.
 Shares and factors are exact: 0.75 and 3/4 are the same, and the denominator is at most a million.
 """
 
@@ -60,20 +75,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from analysis.rec.boxes import touched
 from analysis.registry import pick
-from analysis.types import Ids, Selection
+from analysis.types import Ids, Selection, Truth
 
 Value = Fraction | int | None
 
 
 class Spec(NamedTuple):
     """A parsed specification. value: share, factor, offset or None; text: a name in `TEXT`, generated: in `GENERATED`,
-    each None for the default."""
+    each None for the default; part: "target", "background" or a share, None for all tokens."""
 
     name: str
     value: Value
     text: str | None
     generated: str | None = None
+    part: Fraction | str | None = None
 
 
 def _shuffled(length: int, share: Fraction, seed: int, stream: int) -> Tensor:
@@ -146,10 +163,68 @@ def _plane_shuffled(plane: int) -> Rule:
     return rule
 
 
+def _views(tokens: Tensor, unpruned: Ids) -> list[tuple[Tensor, int]]:
+    """Each view's part of `tokens` [n] as [rows, columns], newlines as a last column, and the columns without them.
+
+    The parts are views into `tokens`. Raises ValueError where the unpruned IDs do not say what grids they are of.
+    """
+    sizes = [rows * (columns + newline) for rows, columns, newline in unpruned.grids]
+    if sum(sizes) != len(tokens):
+        raise ValueError(
+            f"these IDs need the grid of the image's {len(tokens)} tokens, as VisualTokens.unpruned has it, got "
+            f"{unpruned.grids}"
+        )
+    parts = tokens.split(sizes)
+    return [(part.view(rows, -1), columns) for part, (rows, columns, _) in zip(parts, unpruned.grids)]
+
+
+def _rolled(cells: Tensor, dim: int, share: Fraction) -> Tensor:
+    return cells.roll(-floor(share * cells.shape[dim] + Fraction(1, 2)), dim)
+
+
+def _exchanged(cells: Tensor, truth: Truth | None) -> Tensor:
+    if truth is None or truth.other is None:
+        raise ValueError("'exchanged' needs the boxes of the target and of another object, as RefStamps gives them")
+    made, (mine, theirs) = cells.clone(), (touched(box, *cells.shape) for box in truth)
+    for to, source in ((mine, theirs), (theirs, mine)):
+        rows, columns = (  # of cell i of m, the cell of k whose part of the box holds its centre
+            a.start + (2 * torch.arange(b.stop - b.start) + 1) * (a.stop - a.start) // (2 * (b.stop - b.start))
+            for a, b in zip(source, to)
+        )
+        made[to] = cells[rows.to(cells.device)[:, None], columns.to(cells.device)]
+    both = tuple(slice(max(a.start, b.start), max(a.start, b.start, min(a.stop, b.stop))) for a, b in zip(mine, theirs))
+    made[both] = cells[both]
+    return made
+
+
+# (places of one view's tokens as a grid, value, ground truth) -> the place whose ID each token gets; what moves rows
+# gets newlines as a last column
+RELOCATIONS: dict[str, Callable[[Tensor, Value, Truth | None], Tensor]] = {
+    "rolled_columns": lambda cells, value, truth: _rolled(cells, 1, value),
+    "rolled_rows": lambda cells, value, truth: _rolled(cells, 0, value),
+    "flipped_columns": lambda cells, value, truth: cells.flip(1),
+    "flipped_rows": lambda cells, value, truth: cells.flip(0),
+    "exchanged": lambda cells, value, truth: _exchanged(cells, truth),
+}
+
+
+def _relocated(name: str, unpruned: Ids, value: Value, truth: Truth | None) -> Tensor:
+    """Visual IDs of the whole image after a relocation."""
+    source = torch.arange(len(unpruned.visual), device=unpruned.visual.device)
+    for grid, columns in _views(source, unpruned):
+        cells = grid if name.endswith("rows") else grid[:, :columns]
+        cells.copy_(RELOCATIONS[name](cells.clone(), value, truth))
+    return unpruned.visual[source]
+
+
+def _original(own: Tensor, unpruned: Ids, value: Value, seed: int) -> tuple[Tensor, int]:
+    return own, unpruned.text_start
+
+
 # (unpruned IDs of the kept tokens [K] or [K, P] in physical order, those of the whole image, value, seed)
-# -> their IDs, of the same shape, and the ID of the first text token
+# -> their IDs, of the same shape, and the ID of the first text token. A relocation is original IDs of a moved image.
 IDS: dict[str, Rule] = {
-    "original": lambda own, unpruned, value, seed: (own, unpruned.text_start),
+    "original": _original,
     "compact": _compact,
     "compressed": lambda own, unpruned, value, seed: (_scaled(own, value), ceil(unpruned.text_start * value)),
     "shifted": lambda own, unpruned, value, seed: (own + value, unpruned.text_start + value),
@@ -163,6 +238,7 @@ IDS: dict[str, Rule] = {
     "regrid": _regrid,
     "shuffled_rows": _plane_shuffled(-2),
     "shuffled_columns": _plane_shuffled(-1),
+    **dict.fromkeys(RELOCATIONS, _original),
 }
 
 # (unpruned IDs of the kept tokens, those of the whole image, the kept tokens' IDs) -> ID of the first text token
@@ -171,6 +247,23 @@ TEXT: dict[str, Callable[[Tensor, Ids, Tensor], int]] = {
     "original": lambda own, unpruned, ids: unpruned.text_start,
     "compact": lambda own, unpruned, ids: int(_renumbered(own).max()) + 1,
 }
+
+# parts of an image by the ground truth: name -> whether its tokens are those that the target's box touches
+PARTS = {"target": True, "background": False}
+
+
+def _part(part: Fraction | str, origin: Tensor, unpruned: Ids, seed: int, truth: Truth | None) -> Tensor:
+    """[K] bool: the kept tokens that a part holds."""
+    if part not in PARTS:
+        share = np.random.default_rng((seed, 4)).permutation(len(origin)) < floor(part * len(origin) + Fraction(1, 2))
+        return torch.from_numpy(share).to(origin.device)
+    if truth is None:
+        raise ValueError(f"'#{part}' needs the target's box, which only evaluation on data with boxes has")
+    inside = torch.zeros(len(unpruned.visual), dtype=torch.bool, device=origin.device)
+    for grid, columns in _views(inside, unpruned):
+        grid[touched(truth.target, len(grid), columns)] = True
+    return inside[origin] == PARTS[part]
+
 
 # (K, the whole image's unpruned IDs) -> `Ids.generated_start`
 GENERATED: dict[str, Callable[[int, Ids], int]] = {
@@ -184,54 +277,61 @@ def _fraction(text: str) -> Fraction:
     return Fraction(text).limit_denominator(10**6)  # bounded, so that ID * numerator stays inside int64
 
 
-def _share(name: str) -> tuple:
-    return _fraction, lambda share: 0 <= share <= 1, f"a share in [0, 1], as in '{name}:0.5'", "1"
+def _share(name: str, default: str = "1") -> tuple:
+    return _fraction, lambda share: 0 <= share <= 1, f"a share in [0, 1], as in '{name}:0.5'", default
 
 
 # how to read a value, which ones are valid, that in words, the value where none is written
 _VALUES: dict[str, tuple[Callable[[str], Any], Callable[[Any], bool], str, str]] = {
     **{name: _share(name) for name in ("shuffled", "shuffled_rows", "shuffled_columns")},
+    **{name: _share(name, "") for name in ("rolled_rows", "rolled_columns")},
     "compact": (_fraction, lambda factor: 0 < factor <= 1, "a factor in (0, 1], as in 'compact:0.5'", "1"),
     "compressed": (_fraction, lambda factor: 0 < factor <= 1, "a factor in (0, 1], as in 'compressed:0.75'", ""),
     "shifted": (int, lambda offset: 0 <= offset < 2**31, "an integer offset >= 0, as in 'shifted:100'", ""),
 }
 
 
+def _value(told: tuple, written: str, spec: str, name: str) -> Any:
+    read, valid, wanted = told
+    try:
+        value = read(written)
+    except (ValueError, ZeroDivisionError):
+        value = None
+    if value is None or not valid(value):
+        raise ValueError(f"{name!r} needs {wanted}, got {spec!r}")
+    return value
+
+
 def parse_spec(spec: str, registry: dict[str, Callable] = IDS) -> Spec:
     """Read a specification of IDs, or of an order with registry=ORDERS.
 
-    Raises ValueError on an unknown name, text rule or generated rule, a missing or surplus value, a value out of range,
-    and an order with one of the two rules.
+    Raises ValueError on an unknown name, part, text rule or generated rule, a missing or surplus value, a value out of
+    range, and an order with a part or a rule.
     """
     if not isinstance(spec, str):
         raise ValueError(f"an order or IDs are named by a text such as 'original', got {spec!r:.60}")
     rest, plus, generated = spec.partition("+")
     rest, at, text = rest.partition("@")
+    rest, cross, part = rest.partition("#")
     name, colon, written = rest.partition(":")
     pick(registry, name, "order" if registry is ORDERS else "IDs")
     for given, kind, sign, rule, rules in (
-        (at, "text", "@", text, TEXT),
-        (plus, "generated", "+", generated, GENERATED),
+        (cross, "part", "#", part, PARTS),
+        (at, "text rule", "@", text, TEXT),
+        (plus, "generated rule", "+", generated, GENERATED),
     ):
         if given and registry is ORDERS:
-            raise ValueError(
-                f"an order has no {kind} rule, got {spec!r}; write {rest!r} and give '{sign}{rule}' to the IDs"
-            )
-        if given:
-            pick(rules, rule, f"{kind} rule")
-    text, generated = text or None, generated or None
-    if name not in _VALUES:
-        if colon:
-            raise ValueError(f"{name!r} takes no value, got {spec!r}")
-        return Spec(name, None, text, generated)
-    read, valid, wanted, default = _VALUES[name]
-    try:
-        value = read(written if colon else default)
-    except (ValueError, ZeroDivisionError):
-        value = None
-    if value is None or not valid(value):
-        raise ValueError(f"{name!r} needs {wanted}, got {spec!r}")
-    return Spec(name, value, text, generated)
+            raise ValueError(f"an order has no {kind}, got {spec!r}; write {rest!r} and give '{sign}{rule}' to the IDs")
+        if given and not (rules is PARTS and rule[:1].isdigit()):
+            pick(rules, rule, kind)
+    if part[:1].isdigit():
+        part = _value(_share(f"{name}#")[:3], part, spec, f"{name}#")
+    value, told = None, _VALUES.get(name)
+    if told is None and colon:
+        raise ValueError(f"{name!r} takes no value, got {spec!r}")
+    if told is not None:
+        value = _value(told[:3], written if colon else told[3], spec, name)
+    return Spec(name, value, text or None, generated or None, part if cross else None)
 
 
 def reorder(selection: Selection, spec: str, seed: int) -> Selection:
@@ -240,19 +340,31 @@ def reorder(selection: Selection, spec: str, seed: int) -> Selection:
     return selection.take(ORDERS[name](selection.origin, value, seed))
 
 
-def assign(origin: Tensor, unpruned: Ids, spec: str, seed: int) -> Ids:
+def reads_truth(spec: str) -> bool:
+    """Whether IDs depend on the ground truth, and so on the expression. Raises ValueError as `parse_spec`."""
+    parsed = parse_spec(spec)
+    return parsed.name == "exchanged" or parsed.part in PARTS
+
+
+def assign(origin: Tensor, unpruned: Ids, spec: str, seed: int, truth: Truth | None = None) -> Ids:
     """IDs of one image's visual tokens, of the text after it and of the answer.
 
-    origin: [K] int64, as in `Selection`, in physical order; unpruned: as `VisualTokens.unpruned`.
-    Raises ValueError as `parse_spec`, for a rule of planes where the IDs have one, and unless there is a token and
-    every origin is in 0..n-1; without that the default text rules could give a visual token an ID that text has.
+    origin: [K] int64, as in `Selection`, in physical order; unpruned: as `VisualTokens.unpruned`; truth: of the
+    expression, where the IDs read it.
+    Raises ValueError as `parse_spec`, for a rule of planes where the IDs have one, without the truth that a rule reads
+    or the grids that it moves, and unless there is a token and every origin is in 0..n-1; without that the default text
+    rules could give a visual token an ID that text has.
     """
-    name, value, text, generated = parse_spec(spec)
+    name, value, text, generated, part = parse_spec(spec)
     n = len(unpruned.visual)
     if len(origin) == 0 or origin.min() < 0 or origin.max() >= n:
         raise ValueError(f"origin must hold at least one raster index, all in 0..{n - 1}, got {origin.tolist()}")
     own = unpruned.visual[origin]
-    ids, start = IDS[name](own, unpruned, value, seed)
+    moved = _relocated(name, unpruned, value, truth)[origin] if name in RELOCATIONS else own
+    ids, start = IDS[name](moved, unpruned, value, seed)
+    if part is not None:
+        wrong = _part(part, origin, unpruned, seed, truth).view(-1, *[1] * (own.dim() - 1))
+        ids, start = torch.where(wrong, ids, own), unpruned.text_start
     start = TEXT[text](own, unpruned, ids) if text else start
     return Ids(ids, start, GENERATED[generated](len(origin), unpruned) if generated else start)
 

@@ -33,10 +33,13 @@ class Signals:
       clip_read      [B, N, P]      the same of the layer the connector reads
       clip_text      [B, P]         CLIP's embedding of the expression, not normalised
       clip_prompt    [B, P]         the same of the whole question, cut to CLIP's text length
-    A pruner that asks for one of `TEXT` selects anew for every expression, any other once for an image.
+    and, in evaluation on data with boxes, ground truth for methods that are only there to be compared with (`Truth`):
+      target         [B, 4]         box of the object that the expression means
+      other          [B, 4]         box of another object, where the data name one
+    A pruner that asks for one of `OF_EXPRESSION` selects anew for every expression, any other once for an image.
     """
 
-    TEXT = frozenset({"clip_text", "clip_prompt"})
+    OF_EXPRESSION = frozenset({"clip_text", "clip_prompt", "target", "other"})
 
     def __init__(self, **thunks: Callable[[], Tensor]):
         self._thunks = thunks
@@ -46,7 +49,9 @@ class Signals:
         if name.startswith("_"):
             raise AttributeError(name)
         if name not in self._thunks:
-            raise AttributeError(f"this model offers no signal {name!r}; it offers: {', '.join(sorted(self._thunks))}")
+            offered = sorted(self._thunks.keys() - set(Truth._fields))
+            truth = "; ground truth comes with data of boxes in evaluation only" if name in Truth._fields else ""
+            raise AttributeError(f"this model offers no signal {name!r}; it offers: {', '.join(offered)}{truth}")
         if name not in self._values:
             self._values[name] = self._thunks[name]()
         return self._values[name]
@@ -61,17 +66,29 @@ class Signals:
         return Signals(**{name: lambda name=name: getattr(self, name)[index] for name in self._thunks}, **more)
 
 
+class Truth(NamedTuple):
+    """Ground truth of one expression, for oracles: boxes x1, y1, x2, y2 in fractions of what the tokens show.
+
+    target: of the object that is meant; other: of another object on the picture, None where the data name none.
+    """
+
+    target: tuple[float, float, float, float]
+    other: tuple[float, float, float, float] | None = None
+
+
 class Ids(NamedTuple):
     """Position IDs of one image and of what follows it, counted from the image's first slot.
 
     visual: [K] int64, or [K, P] in P planes where a model rotates by several IDs (M-RoPE: t, row, column);
     text_start: of the first token after the image; generated_start: of the first generated token, were there no text
     between image and answer: equal to text_start where generated tokens simply go on. Text has one ID in all planes.
+    grids: of unpruned IDs, (rows, columns, whether a newline ends each row) of each view of the image, in turn.
     """
 
     visual: Tensor
     text_start: int
     generated_start: int
+    grids: tuple[tuple[int, int, bool], ...] = ()
 
 
 def raster_ids(n: int, device: torch.device | str = "cpu") -> Ids:
@@ -100,7 +117,13 @@ class VisualTokens:
     @property
     def unpruned(self) -> Ids:
         """IDs of all tokens of one image where nothing is pruned; a rule of `positions` starts from them."""
-        return raster_ids(self.length, self.features.device) if self.ids is None else self.ids
+        ids = raster_ids(self.length, self.features.device) if self.ids is None else self.ids
+        return ids._replace(grids=self.grids)
+
+    @property
+    def grids(self) -> tuple[tuple[int, int, bool], ...]:
+        """Of each view, as in `Ids`."""
+        return (*self.grid, self.newline is not None), *(self.tiles.grids if self.tiles else ())
 
     @property
     def length(self) -> int:
@@ -148,9 +171,10 @@ class RecDataset:
     """One split; anything with the first four of these can be evaluated.
 
     rows: one per expression, with image_id, ref_id (the object), sent_id, expression, width, height and the ground
-    truth x1, y1, x2, y2 in pixels of the original image, or one per question, with task and the answer's words instead
-    of the box; image(image_id) gives the RGB picture; digest(image_id) a text that changes with the picture: without
-    it the pixels are read for their digest, which is part of a row's key.
+    truth x1, y1, x2, y2 in pixels of the original image (ox1, oy1, ox2, oy2, too, where they name another object to
+    compare with), or one per question, with task and the answer's words instead of the box; image(image_id) gives the
+    RGB picture; digest(image_id) a text that changes with the picture: without it the pixels are read for their digest,
+    which is part of a row's key.
     """
 
     name: str

@@ -3,6 +3,7 @@
 import doctest
 import re
 import runpy
+from fractions import Fraction
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -11,7 +12,7 @@ from PIL import Image
 
 from analysis import ROOT, keys, results
 from analysis.engine.evaluate import cells, evaluate
-from analysis.positions import GENERATED, IDS, TEXT, parse_spec
+from analysis.positions import GENERATED, IDS, PARTS, TEXT, parse_spec
 from analysis.rec import datasets
 
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -48,6 +49,7 @@ def test_pictures_show_every_rule_as_it_is_now():
     script = runpy.run_path(str(ROOT / "docs/draw_ids.py"))
     specs = [parse_spec(spec) for shown in script["SPECS"].values() for spec in shown]
     assert {spec.name for spec in specs} == set(IDS)
+    assert {spec.part for spec in specs} == {None, *PARTS, Fraction(1, 2)}
     assert {spec.text for spec in specs} == {None, *TEXT} and {spec.generated for spec in specs} == {None, *GENERATED}
     for kind in script["SPECS"]:
         figure = script["draw"](kind)
@@ -67,5 +69,7 @@ def test_written_ids_are_the_rules():
     assert numbers("rope", "compact") == (list("012345"), ["6", "7", "8"], "9")
     assert numbers("rope", "original@after") == (["7", "1", "13", "4", "12", "3"], ["14", "15", "16"], "17")
     assert numbers("rope", "original+cache")[1:] == (["16", "17", "18"], "9")
+    assert numbers("moved", "exchanged")[0] == ["5", "3", "13", "6", "12", "1"]
+    assert numbers("moved", "compact#target") == (["7", "1", "13", "3", "12", "3"], ["16", "17", "18"], "19")
     assert numbers("mrope", "compact") == (["1,2", "0,1", "2,1", "1,0", "2,0", "0,2"], ["3", "4", "5"], "6")
     assert numbers("mrope", "sequential")[0][:2] == ["0,0,0", "1,1,1"] and numbers("mrope", "original+cache")[2] == "-3"

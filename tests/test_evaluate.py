@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -373,3 +374,56 @@ def test_questions_are_asked_as_they_are_and_scored_by_the_word(tiny, tmp_path, 
     assert "x1" not in rows and set(rows["answer"]) == {"red"}
     scored = score_words(rows.assign(raw=[" Red "] * 5 + ["", "reddish"] + ["blue"] * 8))
     assert scored["correct"].sum() == 5 and scored["invalid"].sum() == 1
+
+
+@dataclass(frozen=True)
+class Boxed(Noise):
+    """Every expression has a box of its own, and that of another object."""
+
+    @property
+    def rows(self):
+        rows = super().rows
+        x, y = 3.0 * (np.arange(len(rows)) % 5), 2.0 * (np.arange(len(rows)) % 4)
+        return rows.assign(x1=x, x2=x + 9, y1=y, y2=y + 11, ox1=25 - x, ox2=37 - x, oy1=18 - y, oy2=30 - y)
+
+
+TOLD = [
+    *cells(["oracle", "anti_oracle"], 0.25, ids="original"),
+    *cells("random", 0.5, ids=["compact#target", "original"]),
+    *cells("none", ids=["exchanged", "flipped_rows#background", "original"]),
+]
+
+
+def test_what_reads_the_ground_truth_differs_between_expressions(tiny, tmp_path, monkeypatch):
+    """The truth that IDs get is each expression's own box in the padded square; rows do not depend on batches."""
+    given = []
+    plain = evaluation.assign
+    monkeypatch.setattr(evaluation, "assign", lambda *all: (given.append(all[-1]), plain(*all))[1])
+    rows = run(tiny, tmp_path / "a", TOLD, Boxed())
+    pd.testing.assert_frame_equal(rows, run(tiny, tmp_path / "b", TOLD, Boxed(), batch_size=1, chunk=5))
+    pd.testing.assert_frame_equal(
+        rows[rows["ids"] == "exchanged"].reset_index(drop=True),
+        run(tiny, tmp_path / "c", cells(ids="exchanged"), Boxed()),
+    )
+    wanted = set()
+    for _, row in Boxed().rows.iterrows():
+        down = (40 - row["height"]) // 2
+        corners = [(row[f"{who}x{i}"], row[f"{who}y{i}"] + down) for who in ("", "o") for i in (1, 2)]
+        wanted.add(tuple(round(place / 40, 9) for corner in corners for place in corner))
+    told = {tuple(round(place, 9) for box in one for place in box) for one in given if one is not None}
+    assert told == wanted and {"ox1", "oy2"} < set(rows)
+    said = rows.set_index(["pruner", "ids", "sent_id"])["raw"].unstack("sent_id")
+    assert not said.duplicated().any()
+
+
+@pytest.mark.parametrize(
+    ("data", "cell", "message"),
+    [
+        (Noise(), Cell(ids="exchanged"), "IDs 'exchanged' cannot be given on random-llava: .*of another object"),
+        (Asked(), Cell(ids="compact#target"), "cannot be given on random-llava: .*needs the target's box"),
+        (Asked(), Cell("oracle", 0.5), "pruner 'oracle' cannot run .*no signal 'target'.* ground truth comes with"),
+    ],
+)
+def test_data_without_the_truth_are_refused_before_work(data, cell, message, tiny, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        run(tiny, tmp_path / "rows", [cell], data)

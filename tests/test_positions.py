@@ -22,7 +22,7 @@ from analysis.positions import (
     reorder,
     sequence_positions,
 )
-from analysis.types import Ids, Selection, raster_ids
+from analysis.types import Ids, Selection, Truth, raster_ids
 
 ORIGIN = torch.tensor([7, 2, 5, 0])  # as emitted by some pruner, of n = 10
 N = 10
@@ -32,7 +32,7 @@ origins = st.integers(1, 40).flatmap(
 )
 ids_specs = st.one_of(
     st.sampled_from(
-        ["compact", "original", "shuffled", "compressed:1/3", "shifted:0", "stretched", "prefix", "regrid"]
+        ["compact", "original", "shuffled", "compressed:1/3", "shifted:0", "stretched", "prefix", "compact#1/2"]
     ),
     st.integers(1, 1000).map(lambda thousandths: f"compressed:{thousandths / 1000}"),
     st.integers(0, 1000).map(lambda thousandths: f"shuffled:{thousandths / 1000}"),
@@ -149,6 +149,8 @@ def test_parsed_specs():
     assert parse_spec("original@after") == Spec("original", None, "after")
     assert parse_spec("original@compact+cache") == Spec("original", None, "compact", "cache")
     assert parse_spec("compact:0.5+original") == Spec("compact", Fraction(1, 2), None, "original")
+    assert parse_spec("compact#target@compact+cache") == Spec("compact", Fraction(1), "compact", "cache", "target")
+    assert parse_spec("rolled_rows:1/4#0.5") == Spec("rolled_rows", Fraction(1, 4), None, None, Fraction(1, 2))
     assert parse_spec("shuffled") == Spec("shuffled", Fraction(1), None)
     assert parse_spec("shifted:12") == Spec("shifted", 12, None)
     assert parse_spec("shuffled:0.25", ORDERS) == Spec("shuffled", Fraction(1, 4), None)
@@ -173,6 +175,12 @@ def test_parsed_specs():
         ("shifted:1.5", IDS, "needs an integer offset"),
         ("shuffled:", IDS, r"needs a share in \[0, 1\]"),
         ("shuffled:2", ORDERS, "needs a share"),
+        ("compact#object", IDS, "unknown part 'object'.*target, background"),
+        ("compact#", IDS, "unknown part ''"),
+        ("compact#2", IDS, r"'compact#' needs a share in \[0, 1\], as in 'compact#:0.5'"),
+        ("rolled_rows", IDS, r"'rolled_rows' needs a share"),
+        ("flipped_rows:1", IDS, "'flipped_rows' takes no value"),
+        ("raster#target", ORDERS, "an order has no part.*give '#target' to the IDs"),
         ("original@end", IDS, "unknown text rule 'end'.*after, original, compact"),
         ("original@", IDS, "unknown text rule ''"),
         ("raster@after", ORDERS, "an order has no text rule.*'raster'"),
@@ -293,6 +301,137 @@ def test_planes_of_a_whole_grid_are_kept_and_the_text_follows(rows, columns, dat
         assert ids.visual.max() < ids.text_start, spec
     regrid = assign(origin, unpruned, "regrid", 0).visual
     assert len(regrid.unique(dim=0)) == len(origin)
+
+
+VIEWS = st.lists(st.tuples(st.integers(1, 7), st.integers(1, 7), st.booleans()), min_size=1, max_size=2)
+fractions = st.integers(0, 100).map(lambda hundredths: hundredths / 100)
+spans = st.tuples(fractions, fractions).filter(lambda ends: ends[0] != ends[1]).map(sorted)
+boxes = st.tuples(spans, spans).map(lambda both: (both[0][0], both[1][0], both[0][1], both[1][1]))
+RELOCATED = ("rolled_columns:1/4", "rolled_columns:0.5", "rolled_rows:1/3", "flipped_columns", "flipped_rows")
+
+
+def cells_of(views):
+    """(view, row, column) of every token in turn; a newline's column is that after the last."""
+    return [
+        (view, row, column)
+        for view, (rows, columns, newline) in enumerate(views)
+        for row in range(rows)
+        for column in range(columns + newline)
+    ]
+
+
+def seen(box, row, column, rows, columns):
+    """Whether a cell and a box share an area, which a box of no area less than a cell does with one at least."""
+    width = min(box[2], (column + 1) / columns) - max(box[0], column / columns)
+    height = min(box[3], (row + 1) / rows) - max(box[1], row / rows)
+    return min(width, height) > 1e-9
+
+
+def source_cell(spec, cell, views, truth):
+    """The cell whose ID a cell has after a relocation, one at a time."""
+    view, row, column = cell
+    rows, columns, _ = views[view]
+    name, value, *_ = parse_spec(spec)
+    if name == "rolled_rows":
+        return view, (row + int(value * rows + Fraction(1, 2))) % rows, column
+    if name == "flipped_rows":
+        return view, rows - 1 - row, column
+    if column == columns:  # a newline
+        return cell
+    if name == "rolled_columns":
+        return view, row, (column + int(value * columns + Fraction(1, 2))) % columns
+    if name == "flipped_columns":
+        return view, row, columns - 1 - column
+    of = {
+        box: sorted((r, c) for r in range(rows) for c in range(columns) if seen(box, r, c, rows, columns))
+        for box in truth
+    }
+    if ((row, column) in of[truth.target]) == ((row, column) in of[truth.other]):
+        return cell
+    mine, theirs = truth if (row, column) in of[truth.target] else truth[::-1]
+    found = []
+    for axis, place in enumerate((row, column)):
+        a, b = (sorted({one[axis] for one in of[box]}) for box in (mine, theirs))
+        found.append(b[int((Fraction(a.index(place)) + Fraction(1, 2)) * len(b) / len(a))])
+    return view, *found
+
+
+@given(VIEWS, boxes, boxes, st.sampled_from([*RELOCATED, "exchanged"]), st.booleans(), st.data())
+def test_relocations_against_a_loop_over_cells(views, target, other, spec, planes, data):
+    """Every token has the ID of one other token: in one plane and in three, with newlines and with two views."""
+    cells, truth = cells_of(views), Truth(target, other)
+    place = {cell: index for index, cell in enumerate(cells)}
+    visual = torch.tensor(cells) if planes else torch.arange(len(cells))
+    unpruned = Ids(visual, len(cells), len(cells), tuple(views))
+    origin = torch.tensor(data.draw(st.lists(st.integers(0, len(cells) - 1), min_size=1, unique=True)))
+    wanted = torch.stack([visual[place[source_cell(spec, cells[i], views, truth)]] for i in origin])
+    made = assign(origin, unpruned, spec, 0, truth)
+    assert made.visual.equal(wanted) and made.text_start == made.generated_start == len(cells)
+    whole = assign(torch.arange(len(cells)), raster_ids(len(cells))._replace(grids=tuple(views)), spec, 0, truth)
+    if spec != "exchanged":
+        assert whole.visual.sort().values.equal(torch.arange(len(cells)))  # a permutation
+    inside = torch.tensor([
+        cells[i][2] < views[cells[i][0]][1] and seen(target, *cells[i][1:], *views[cells[i][0]][:2]) for i in origin
+    ])  # fmt: skip
+    for part, wrong in (("target", inside), ("background", ~inside)):
+        only = assign(origin, unpruned, f"{spec}#{part}", 0, truth).visual
+        assert only[wrong].equal(wanted[wrong]) and only[~wrong].equal(visual[origin][~wrong])
+
+
+@given(st.integers(1, 8), st.integers(1, 8), st.booleans(), boxes)
+def test_what_moves_nothing_is_original(rows, columns, newline, box):
+    n, truth = rows * (columns + newline), Truth(box, box)
+    unpruned = raster_ids(n)._replace(grids=((rows, columns, newline),))
+    for spec in ("rolled_columns:0", "rolled_rows:1", "exchanged", "shuffled#0", "compact#0", "compact#target"):
+        ids = assign(torch.arange(n), unpruned, spec, 0, truth)
+        assert ids.visual.equal(torch.arange(n)) and ids.text_start == n, spec
+
+
+def test_exchanging_boxes_of_one_size_is_a_permutation_that_undoes_itself():
+    unpruned = raster_ids(60)._replace(grids=((6, 10, False),))
+    truth = Truth((0, 0, 0.3, 0.5), (0.6, 0.5, 0.9, 1))
+    moved = assign(torch.arange(60), unpruned, "exchanged", 0, truth).visual
+    assert (
+        moved[:3].tolist() == [36, 37, 38]
+        and moved[36:39].tolist() == [0, 1, 2]
+        and (moved != torch.arange(60)).sum() == 18
+    )
+    assert moved[moved].equal(torch.arange(60))
+
+
+@given(origins, st.integers(0, 100), st.integers(0, 2**40))
+def test_a_dose_repairs_a_nested_share(case, hundredths, seed):
+    origin, n = case
+    compact, share = torch.arange(len(origin)), Fraction(hundredths, 100)
+    ids = assign(origin, raster_ids(n), f"compact#{share}", seed)
+    wrong = ids.visual != origin
+    assert ids.visual[wrong].equal(compact[wrong]) and ids.text_start == n
+    assert wrong.sum() <= int(share * len(origin) + Fraction(1, 2))
+    more = assign(origin, raster_ids(n), f"compact#{min(share + Fraction(1, 4), 1)}", seed).visual
+    assert more[wrong].equal(compact[wrong])
+    assert assign(origin, raster_ids(n), "compact#1", seed).visual.equal(compact)
+
+
+def test_a_dose_is_as_large_as_it_says_and_drawn_anew_by_seed():
+    origin = torch.arange(1, 1001)
+    wrong = [assign(origin, raster_ids(1001), "compact#0.3", seed).visual != origin for seed in (0, 0, 1)]
+    assert [int(one.sum()) for one in wrong] == [300] * 3
+    assert wrong[0].equal(wrong[1]) and 50 < (wrong[0] & wrong[2]).sum() < 140
+
+
+@pytest.mark.parametrize(
+    ("spec", "truth", "message"),
+    [
+        ("compact#target", None, "'#target' needs the target's box, which only evaluation on data with boxes has"),
+        ("exchanged", None, "'exchanged' needs the boxes of the target and of another object"),
+        ("exchanged", Truth((0, 0, 1, 1)), "'exchanged' needs the boxes of the target and of another object"),
+        ("flipped_rows", None, "need the grid of the image's 10 tokens"),
+    ],
+)
+def test_what_a_rule_reads_must_be_there(spec, truth, message):
+    unpruned = raster_ids(N) if spec == "flipped_rows" else raster_ids(N)._replace(grids=((2, 5, False),))
+    with pytest.raises(ValueError, match=message):
+        assign(ORIGIN, unpruned, spec, 0, truth)
 
 
 def test_table_8_shows_each_combination_once():

@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from analysis.positions import reorder
-from analysis.pruning import PRUNERS, budget, pruner
+from analysis.pruning import PRUNERS, all_pruners, budget, pruner, random
 from analysis.types import Signals, VisualTokens
 from tests.support.visual import visual
 
@@ -157,3 +157,34 @@ def test_a_method_of_a_file_outside_the_package(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             pruner(spec)
+
+
+corners = st.tuples(st.floats(-0.2, 1.2), st.floats(-0.2, 1.2)).map(sorted)
+
+
+@given(st.integers(1, 24), st.integers(0, 2**40), corners, corners)
+def test_oracles_keep_the_targets_tokens_first_or_last(k, seed, across, down):
+    """Which tokens share an area with the box, cell by cell; within and without it in the order of `random`."""
+    x1, x2, y1, y2 = *across, *down
+    tokens = visual(1, 6, 4, target=torch.tensor([[x1, y1, x2, y2]], dtype=torch.float64))
+    target = {
+        4 * row + column
+        for row in range(6)
+        for column in range(4)
+        if min(x2 - column / 4, (column + 1) / 4 - x1) > 1e-8 and min(y2 - row / 6, (row + 1) / 6 - y1) > 1e-8
+    }
+    first, last = (
+        set(PRUNERS[name](tokens, k / 24, seeds=[seed])[0].origin.tolist()) for name in ("oracle", "anti_oracle")
+    )
+    assert len(first) == len(last) == k
+    if min(x2 - x1, y2 - y1) > 1e-6 and target:
+        assert len(first & target) == min(k, len(target)) and len(last - target) == min(k, 24 - len(target))
+        order = random.permutations(24, [seed])[0].tolist()
+        wanted = [i for i in order if i in target] + [i for i in order if i not in target]
+        assert first == set(wanted[:k])
+    assert pruner("oracle:last=true")(tokens, k / 24, seeds=[seed])[0].origin.tolist() == sorted(last)
+
+
+def test_oracles_are_no_methods():
+    assert not {"oracle", "anti_oracle"} & set(all_pruners()) and {"oracle", "anti_oracle"} < set(PRUNERS)
+    assert all("ground truth" in PRUNERS[name].label for name in ("oracle", "anti_oracle"))

@@ -481,7 +481,7 @@ def test_only_methods_about_text_read_text(spec):
     reads = "clip_text" if name == "text_similarity" else "clip_prompt"
     reads = {"about=prompt": "clip_prompt", "about=expression": "clip_text"}.get(options.split(",")[0], reads)
     wanted = {reads} if name in ("text_similarity", "trim", "cdpruner") else set()
-    assert tokens.signals.asked & Signals.TEXT == wanted
+    assert tokens.signals.asked & Signals.OF_EXPRESSION == wanted
 
 
 @pytest.mark.parametrize("spec", [spec for spec in SPECS if spec not in ADAPTIVE])

@@ -28,17 +28,18 @@ from analysis import keys, results
 from analysis.engine.decode import draft_from, greedy, prompt_inputs, shared_context
 from analysis.models import Model
 from analysis.models.by_generate import ByGenerate
-from analysis.positions import ORDERS, assign, parse_spec, reorder
+from analysis.positions import ORDERS, assign, parse_spec, reads_truth, reorder
 from analysis.pruning import Pruner, all_pruners
 from analysis.pruning import pruner as find_pruner
 from analysis.pruning.images import prune_images
 from analysis.rec.boxes import BOX_FORMATS, frame
 from analysis.rec.pictures import read_picture
 from analysis.rec.scoring import check_boxes, score, score_words
-from analysis.types import Cell, Ids, RecDataset, Selection, Signals, VisualTokens
+from analysis.types import Cell, Ids, RecDataset, Selection, Signals, Truth, VisualTokens
 
 _KEY = ["image_id", "ref_id", "sent_id"]
 EXPRESSION = [*_KEY, "expression", "width", "height", "x1", "y1", "x2", "y2"]
+OTHER = ["ox1", "oy1", "ox2", "oy2"]  # of another object, in data that have it
 QUESTION = [*_KEY, "expression", "width", "height", "task", "answer"]  # of data whose answers are words
 
 
@@ -81,7 +82,7 @@ def check_cells(grid: Sequence[Cell]) -> None:
 
 
 def _columns(rows: pd.DataFrame) -> list[str]:
-    return QUESTION if "answer" in rows else EXPRESSION
+    return QUESTION if "answer" in rows else EXPRESSION + [name for name in OTHER if name in rows]
 
 
 def _check_data(dataset: RecDataset) -> None:
@@ -94,6 +95,8 @@ def _check_data(dataset: RecDataset) -> None:
         raise ValueError(f"{what} repeats {repeated} expressions; {', '.join(_KEY)} must be unique")
     if "answer" not in dataset.rows:
         check_boxes(dataset.rows)
+        if set(OTHER) <= set(dataset.rows):
+            check_boxes(dataset.rows.assign(**{name[1:]: dataset.rows[name] for name in OTHER}))
 
 
 def image_seed(seed: int, image_id: Any) -> int:
@@ -117,10 +120,26 @@ def _readable(model: Model, dataset: RecDataset, rows: pd.DataFrame) -> tuple[di
     return images, errors
 
 
-def _place(selection: Selection, unpruned: Ids, cell: Cell, seed: int) -> tuple[Tensor, Ids]:
+def _truths(model: Model, rows: pd.DataFrame) -> dict[Any, Truth]:
+    """The ground truth of each row, by its index, as the model's tokens see it; {} of data without boxes."""
+    if "answer" in rows:
+        return {}
+    encode, sizes = frame(model.token_frame).encode, rows[["width", "height"]].to_numpy()
+    named = [columns for columns in (EXPRESSION[-4:], OTHER) if set(columns) <= set(rows)]
+    boxes = [map(tuple, encode(rows[columns].to_numpy(), sizes).tolist()) for columns in named]
+    return dict(zip(rows.index, map(Truth, *boxes)))
+
+
+def _told(truths: Sequence[Truth], device: torch.device) -> dict[str, Callable[[], Tensor]]:
+    """The signals of `types.Signals` that are ground truth, as thunks, for one expression an image."""
+    known = [name for name in Truth._fields if truths and getattr(truths[0], name) is not None]
+    return {name: lambda name=name: torch.tensor([getattr(one, name) for one in truths]).to(device) for name in known}
+
+
+def _place(selection: Selection, unpruned: Ids, cell: Cell, seed: int, truth: Truth | None) -> tuple[Tensor, Ids]:
     """One image's tokens [K, D] in the cell's order, and the cell's IDs."""
     selection = reorder(selection, cell.order, seed)
-    return selection.features, assign(selection.origin, unpruned, cell.ids, seed)
+    return selection.features, assign(selection.origin, unpruned, cell.ids, seed, truth)
 
 
 @dataclass
@@ -215,7 +234,8 @@ def _choose(run: Run, encoded: Sequence[tuple[list, VisualTokens]], rows: pd.Dat
         for at in range(0, len(here), run.state.expressions):
             part = here.iloc[at : at + run.state.expressions]
             index = torch.tensor([image_ids.index(i) for i in part["image_id"]], device=visual.features.device)
-            add(visual.take(index, **run.model.texts(list(part["expression"]))), list(part["image_id"]))
+            told = _told(list(_truths(run.model, part).values()), visual.features.device)
+            add(visual.take(index, **run.model.texts(list(part["expression"])), **told), list(part["image_id"]))
         chosen.of_row.update(zip(here.index, range(start, len(chosen.selections))))
     return chosen
 
@@ -275,19 +295,20 @@ def _table(
     return table.astype({"keep": float}).reset_index(drop=True)
 
 
-def _blank(model: Model) -> VisualTokens:
+def _blank(model: Model, truths: Sequence[Truth] = ()) -> VisualTokens:
     """A blank image, to try on it what will be done to all others."""
-    return model.encode([Image.new("RGB", (8, 8))]).take(torch.tensor([0]), **model.texts(["thing"]))
+    told = model.texts(["thing"]) | _told(truths, model.device)
+    return model.encode([Image.new("RGB", (8, 8))]).take(torch.tensor([0]), **told)
 
 
-def needs_text(model: Model, prune: Pruner, keep: float | None) -> bool:
+def needs_text(model: Model, prune: Pruner, keep: float | None, truths: Sequence[Truth] = ()) -> bool:
     """Whether a method selects anew for every expression: it is tried on a blank image, and what it asked for counts.
 
-    Raises what the method raises where it cannot run.
+    truths: one, where the data have boxes. Raises what the method raises where it cannot run.
     """
-    blank = _blank(model)
+    blank = _blank(model, truths)
     prune_images(prune, blank, keep, [0])
-    return bool(blank.signals.asked & Signals.TEXT)
+    return bool(blank.signals.asked & Signals.OF_EXPRESSION)
 
 
 def _encode(model: Model, images: dict[Any, Image.Image], state: RunState) -> Iterator[tuple[list, VisualTokens]]:
@@ -334,7 +355,15 @@ def _tables(
         if key not in made:
             made[key] = _choose(run, encoded, rows, cell)
         selections, image_ids, of_row = made[key]
-        placed = [_place(one, unpruned[i], cell, image_seed(cell.seed, i)) for one, i in zip(selections, image_ids)]
+        truths = _truths(model, rows) if reads_truth(cell.ids) else {}
+        wanted = {row: (number, truths.get(row)) for row, number in of_row.items()}
+        uses = {one: at for at, one in enumerate(dict.fromkeys(wanted.values()))}  # a selection, as one truth has it
+        of_row = {row: uses[one] for row, one in wanted.items()}
+        image_ids = [image_ids[number] for number, _ in uses]
+        placed = [
+            _place(selections[number], unpruned[i], cell, image_seed(cell.seed, i), truth)
+            for (number, truth), i in zip(uses, image_ids)
+        ]
 
         def answer(part: list[Any], placed=placed, image_ids=image_ids, of_row=of_row) -> dict[str, Any]:
             numbers = [of_row[row] for row in part]
@@ -378,22 +407,24 @@ def _device(model: Model) -> str:
     return torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type
 
 
-def _check_model(model: Model | ByGenerate, grid: Sequence[Cell]) -> dict[tuple[str, float | None], bool]:
+def _check_model(
+    model: Model | ByGenerate, grid: Sequence[Cell], rows: pd.DataFrame
+) -> dict[tuple[str, float | None], bool]:
     """For each pruner and keep ratio of the grid, `needs_text`. Raises ValueError where one, or IDs, cannot run."""
     if isinstance(model, ByGenerate):
         for cell in grid:
             model.check(cell)
         return {}
-    by_text = {}
+    by_text, truths = {}, list(_truths(model, rows.head(1)).values())
     for pruner, keep in dict.fromkeys((c.pruner, c.keep) for c in grid):
         try:
-            by_text[pruner, keep] = needs_text(model, find_pruner(pruner), keep)
+            by_text[pruner, keep] = needs_text(model, find_pruner(pruner), keep, truths)
         except (ValueError, AttributeError, OSError) as error:
             raise ValueError(f"pruner {pruner!r} cannot run on {model.name} with keep {keep}: {error}") from error
     unpruned = _blank(model).unpruned
     for ids in dict.fromkeys(c.ids for c in grid):
         try:
-            assign(torch.zeros(1, dtype=torch.int64, device=unpruned.visual.device), unpruned, ids, 0)
+            assign(torch.zeros(1, dtype=torch.int64, device=unpruned.visual.device), unpruned, ids, 0, *truths)
         except ValueError as error:
             raise ValueError(f"IDs {ids!r} cannot be given on {model.name}: {error}") from error
     return by_text
@@ -439,7 +470,7 @@ def evaluate(
             f"shard {shard} of {pieces} pieces of work, each one cell on up to {chunk} images; there can "
             f"be no more than {pieces} shards"
         )
-    by_text = _check_model(model, grid)
+    by_text = _check_model(model, grid, dataset.rows)
     about = _about_rows(model, dataset, grid, batch_size, chunk, any(by_text.values()))
     out, about["provenance"] = _share(out, about["provenance"], shard)
     worded = "answer" in dataset.rows or isinstance(model, ByGenerate)

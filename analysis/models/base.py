@@ -67,7 +67,8 @@ class Model(LanguageModel):
 
     Of a family: ask_for: message of any question about one image, rec: of a referring expression, both with the image's
     words `image` in them and "{}" for the question or expression; marks: the special tokens of `image` that enclose the
-    visual tokens; box_format, frame: names in `rec.boxes`; fill: RGB of the padding.
+    visual tokens; box_format, frame: names in `rec.boxes`; token_frame: the frame of what the visual tokens show; fill:
+    RGB of the padding.
     """
 
     name: str
@@ -91,6 +92,7 @@ class Model(LanguageModel):
     rec: ClassVar[str]
     box_format: ClassVar[str]
     frame: ClassVar[str]
+    token_frame: ClassVar[str] = "padded"
     fill: ClassVar[tuple[int, int, int]]
 
     @property

@@ -38,6 +38,7 @@ class LlavaNext(base.Model):
     ask_for = llava.Llava.ask_for
     rec = llava.Llava.rec
     box_format = llava.Llava.box_format
+    token_frame = "resized"  # of the whole image and, without the padding's tokens, of the mosaic
 
     def mosaic(self, size: tuple[int, int]) -> tuple[Tensor, int]:
         """For an image of size (width, height): [R, C] which token of all T tiles' lies where, and T.

@@ -65,7 +65,7 @@ class MiniGPTv2(base.Model):
     image = "<ImageHere>"
     ask_for = f"<Img>{image}</Img> [vqa] {{}}"
     rec = f"<Img>{image}</Img> [refer] give me the location of {{}}"
-    box_format, frame = "minigpt_v2", "resized"
+    box_format, frame, token_frame = "minigpt_v2", "resized", "resized"
 
     def squared(self, image):
         return image

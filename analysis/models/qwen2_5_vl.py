@@ -50,7 +50,7 @@ class Qwen2_5VL(base.Model):
     image = "<|vision_start|><|image_pad|><|vision_end|>"
     ask_for = f"{image}{{}}"
     rec = f"{image}Locate {{}} in this image and output the bbox coordinates in JSON format."
-    box_format = "qwen2_5_vl"
+    box_format, token_frame = "qwen2_5_vl", "resized"
 
     def layout(self, size: tuple[int, int]) -> tuple[int, int]:
         """(rows, columns) of tokens. Raises ValueError for an image too long or too thin."""

@@ -63,7 +63,8 @@ class Method:
 
     label: its name in figures and tables; module: its module in this package, or the path of a .py file; options: by
     name; function: what prunes in that module; upstream: the IDs that its authors' public code gives, as a
-    specification (analysis/upstream_ids.csv says where they were read), None where there is no such code.
+    specification (analysis/upstream_ids.csv says where they were read), None where there is no such code;
+    truth: whether it reads the ground truth, and so is no method.
     """
 
     label: str
@@ -71,6 +72,7 @@ class Method:
     options: Mapping[str, Any] = field(default_factory=dict)
     function: str = "prune"
     upstream: str | None = None
+    truth: bool = False
 
     def _module(self) -> Any:
         return _of_file(self.module) if self.module.endswith(".py") else import_module(f"{__name__}.{self.module}")
@@ -96,7 +98,7 @@ class Method:
         return lambda visual, seeds: score(visual, seeds=seeds, **self.options)
 
 
-# The names of methods, in the order of tables. "all" in a grid stands for all but the first.
+# The names of methods, in the order of tables. "all" in a grid stands for all but the first and what reads the truth.
 PRUNERS: dict[str, Method] = {
     "none": Method("none", "none"),
     "random": Method("random", "random"),
@@ -114,12 +116,14 @@ PRUNERS: dict[str, Method] = {
     "cdpruner": Method("CDPruner", "cdpruner", upstream="compact"),
     "holov": Method("HoloV", "holov", upstream="compact"),
     "dart": Method("DART", "dart", upstream="original"),
+    "oracle": Method("target first (ground truth)", "oracle", truth=True),
+    "anti_oracle": Method("target last (ground truth)", "oracle", {"last": True}, truth=True),
 }
 
 
 def all_pruners() -> list[str]:
-    """Every method by name, without "none"."""
-    return [name for name in PRUNERS if name != "none"]
+    """Every method by name, without "none" and what reads the ground truth."""
+    return [name for name, method in PRUNERS.items() if name != "none" and not method.truth]
 
 
 def _outside(spec: str) -> tuple[str, Method, str]:

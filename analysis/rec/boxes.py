@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import ceil, floor, sqrt
 from typing import NamedTuple
 
@@ -29,6 +29,16 @@ class Frame(NamedTuple):
 
     encode: Callable[[ArrayLike, ArrayLike], Boxes]
     decode: Callable[[ArrayLike, ArrayLike], Boxes]
+
+
+def touched(box: Sequence[float], rows: int, columns: int) -> tuple[slice, slice]:
+    """The rows and columns of a grid whose cells a box of fractions shares an area with; at least one of each."""
+
+    def span(low: float, high: float, count: int) -> slice:
+        first = min(max(floor(low * count + 1e-9), 0), count - 1)
+        return slice(first, max(first + 1, min(ceil(high * count - 1e-9), count)))
+
+    return span(box[1], box[3], rows), span(box[0], box[2], columns)
 
 
 def _twice(xy: NDArray) -> NDArray:

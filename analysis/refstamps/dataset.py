@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+import numpy as np
 import pandas as pd
 from PIL import Image
 from tqdm.auto import tqdm
@@ -11,8 +12,10 @@ from tqdm.auto import tqdm
 from analysis import keys
 from analysis.rec.datasets import IMAGES
 from analysis.refstamps.grammar import control_questions, expressions
-from analysis.refstamps.scenes import scene
+from analysis.refstamps.scenes import Object, Scene, scene
 from analysis.types import RecDataset
+
+BOXES = ("x1", "y1", "x2", "y2", "ox1", "oy1", "ox2", "oy2")  # of the target, and of another object
 
 
 @lru_cache(maxsize=64)
@@ -41,6 +44,16 @@ def _common(split: str, index: int, what: int | str, sentence: int, text: str, s
     )
 
 
+def _other(drawn: Scene, target: int) -> Object:
+    """Of a scene's other objects the one whose sides are most like the target's, by their ratios."""
+
+    def unlike(other: Object) -> float:
+        sides = [np.subtract(one.box[2:], one.box[:2]) for one in (other, drawn.objects[target])]
+        return float(np.abs(np.log(sides[0] / sides[1])).sum())
+
+    return min((one for number, one in enumerate(drawn.objects) if number != target), key=unlike)
+
+
 def refstamps(name: str, split: str, limit: int | None = None) -> RecDataset:
     """RefStamps drawn from its seeds: the first `limit` scenes of a split that have an expression of this set."""
     rows, taken, index = [], 0, 0
@@ -49,11 +62,8 @@ def refstamps(name: str, split: str, limit: int | None = None) -> RecDataset:
         drawn = scene(split, index)
         said = expressions(drawn, name)
         for sentence, (text, target) in enumerate(said):
-            box = drawn.objects[target].box
-            rows.append(
-                _common(split, index, target, sentence, text, drawn.size)
-                | dict(zip(("x1", "y1", "x2", "y2"), map(float, box)))
-            )
+            boxes = (*drawn.objects[target].box, *_other(drawn, target).box)
+            rows.append(_common(split, index, target, sentence, text, drawn.size) | dict(zip(BOXES, map(float, boxes))))
         taken += bool(said)
         bar.update(bool(said))
         index += 1

@@ -20,6 +20,7 @@ def visual(batch=3, rows=6, columns=4, seed=0, dtype=torch.float32, **given):
         clip_prompt=(6,),
         read_keys=(1 + n, 3),
         clip_read=(n, 6),
+        target=(4,),
     )
     values = {name: torch.randn(batch, *shape, generator=draw).to(dtype) for name, shape in shapes.items()} | given
     weight = torch.randn(7, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
