@@ -20,7 +20,8 @@ stay as they are. The cut happens where the text decoder is called. Its input lo
 padded on the left and given the IDs of the cell; its output is brought back to full length, where a dropped token
 shows the state of the last kept one before it. While decoding, the IDs go on from each row's own last one.
 
-What is special to a model is which of its tokens are whose (`models.towers`); its layers are not touched.
+What is special to a model is which of its tokens are whose (`models.towers`). Its layers are touched only where tokens
+are dropped, or IDs change, inside the decoder (`hf_stages`).
 """
 
 from __future__ import annotations
@@ -41,34 +42,40 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from analysis.engine.decode import for_decoder
+from analysis.engine.stages import Shown, layer_mean
+from analysis.hf_stages import Inside
 from analysis.models import clip as clips
 from analysis.models.towers import TOWERS, offers
-from analysis.positions import ORDERS, assign, parse_spec, reads_truth, reorder
+from analysis.positions import ORDERS, assign, by_layer, parse_spec, reads_truth, reorder
 from analysis.pruning import Pruner, all_pruners
 from analysis.pruning import pruner as find_pruner
-from analysis.pruning.images import prune_images
-from analysis.types import Cell, Ids, Selection, Signals, VisualTokens
+from analysis.pruning.images import staged_images
+from analysis.types import Cell, Ids, Selection, Signals, Stage, VisualTokens
 
 _ACTIVE: WeakSet[nn.Module] = WeakSet()  # models that a `pruned` block is changing now
 KERNELS = ("sdpa", "eager")  # of the decoder's attention
 
 
 class _Placed(NamedTuple):
-    """One run of visual tokens. unpruned: its IDs before pruning; selection, ids: after it, in physical order."""
+    """One run of visual tokens. unpruned: its IDs before pruning; selection, ids: after it, in physical order, as the
+    decoder's first layer reads them; drops: what happens to them inside; seed: of the cell, for this prompt."""
 
     unpruned: Ids
     selection: Selection
     ids: Ids
+    drops: list[Stage]
+    seed: int
 
 
 class _Row(NamedTuple):
     """What the decoder reads of one row. source: [K] the place of each token in the full row; embeds: [K, D]; ids: [K]
-    or [K, planes]; next_id: of the first generated token."""
+    or [K, planes]; next_id: of the first generated token; words: tokens before the first image."""
 
     source: Tensor
     embeds: Tensor
     ids: Tensor
     next_id: int
+    words: int
 
 
 class _Cut(NamedTuple):
@@ -119,14 +126,19 @@ def _left(rows: Sequence[Tensor]) -> Tensor:
 class Pruned:
     """What one `pruned` block hangs on a model, and what its parts tell each other.
 
-    kept, full: of each row of the last prompts the visual tokens that the decoder has read, and would have read.
+    kept, full: of each row of the last prompts the visual tokens that the decoder has read, mean over its layers, and
+    would have read; read: the same layer by layer, as in `stages.Prefilled`.
     """
 
     def __init__(self, model, processor, prune, cell, seeds, words, clip):
         self.model, self.processor = model, processor
         self.prune, self.cell, self.seeds, self.words, self.clip = prune, cell, seeds, words, clip
-        self.kept: list[int] = []
+        self.kept: list[float] = []
         self.full: list[int] = []
+        self.read: list[list[tuple[int, int]]] = []
+        self.decoder, self.rules = model.get_decoder(), by_layer(cell.ids)
+        self.changes = prune.inside or len(self.rules) > 1  # inside the decoder
+        self.inside: Inside | None = None  # of the last prefill
         self.tower, self.with_text = TOWERS[model.config.model_type], "clip_text" in offers(model.config)
         self.encode, self.plain_generate = model.base_model.get_image_features, model.generate
         self.input_ids: Tensor | None = None  # of the running forward
@@ -153,6 +165,11 @@ class Pruned:
             raise ValueError("the pruned model cannot be its own assistant_model; use another one, or none")
         if kwargs.get("inputs_embeds") is not None:
             raise ValueError("with inputs_embeds it is unknown where the images are; give generate input_ids")
+        if self.changes and (kwargs.get("assistant_model") or kwargs.get("prompt_lookup_num_tokens")):
+            raise ValueError(
+                "inside the decoder the prompt's last token says what is kept, and guesses that come with the prompt "
+                "would take its place; leave out assistant_model and prompt_lookup_num_tokens"
+            )
         kwargs.setdefault("disable_compile", True)  # the hooks are Python, which a compiled forward would leave out
         made = self.plain_generate(*args, **kwargs)
         for cache in (kwargs.get("past_key_values"), getattr(made, "past_key_values", None)):
@@ -196,7 +213,7 @@ class Pruned:
         seen = int(cache.get_seq_length()) if cache is not None else 0
         if seen:
             return args, self.step(cache, seen, kwargs)
-        self.cut, self.cache, self.filling = None, cache, True
+        self.cut, self.cache, self.filling, self.inside = None, cache, True, None
         slots = self.input_ids == self.model.config.image_token_id
         if not slots.any():  # a prompt without images stays as it is
             return args, kwargs
@@ -217,8 +234,11 @@ class Pruned:
             return kwargs
         embeds, device = kwargs["inputs_embeds"], self.cut.valid.device
         # Steps since the prefill; below zero where a speculative candidate that came with the prompt was taken back.
-        steps, new = seen - self.prefilled, embeds.shape[1]
+        self.steps = steps = seen - self.prefilled
+        new = embeds.shape[1]
         ids = self.cut.next_id[:, None] + steps + torch.arange(new, device=device)
+        if self.inside is not None:
+            self.inside.step()
         valid = self.cut.valid[:, :seen] if steps < 0 else pad(self.cut.valid, (0, steps), value=True)
         mask = pad(valid, (0, new), value=True).long()
         planes = ids.expand(self.cut.planes, -1, -1) if self.cut.planes else ids
@@ -252,7 +272,11 @@ class Pruned:
             back=torch.stack([self.back(row.source, length) + kept.shape[1] - len(row.source) for row in rows]),
         )
         self.full = slots.sum(dim=1).tolist()
-        self.kept = [int(slots[i][row.source].sum()) for i, row in enumerate(rows)]
+        self.read = [[(0, int(slots[i][row.source].sum()))] for i, row in enumerate(rows)]
+        self.kept = [layer_mean(read, 1) for read in self.read]
+        if self.changes:
+            self.inside = self.begin([[unit for i in row for unit in self.placed[i]] for row in images], rows, kwargs)
+            self.sources = [row.source for row in rows]
         changed = dict(
             inputs_embeds=states,
             position_ids=for_decoder(ids),
@@ -261,6 +285,48 @@ class Pruned:
         if kwargs.get("deepstack_visual_embeds") is not None:
             changed |= self.deepstack([row.source for row in rows], slots, kwargs)
         return kwargs | changed
+
+    def begin(self, shown: Sequence[list[_Placed]], rows: Sequence[_Row], kwargs: dict) -> Inside:
+        """What is to happen inside the decoder. shown: the runs of tokens of each row. ValueError where it cannot."""
+        if any(len(units) != 1 for units in shown):
+            raise ValueError(
+                "inside the decoder tokens are dropped, and IDs changed, of prompts with one image in one piece; give "
+                f"one image a prompt, to a model that does not cut it up (pieces here: {[*map(len, shown)]})"
+            )
+        if getattr(self.cache, "is_compileable", False):
+            raise ValueError(
+                "inside the decoder layers come to have keys of different lengths, so the cache must grow; "
+                "leave out cache_implementation"
+            )
+        images = [Shown(unit.selection, unit.unpruned, unit.seed, unit.drops) for (unit,) in shown]
+        done = Inside(
+            self.decoder,
+            [row.embeds for row in rows],
+            [row.ids for row in rows],
+            [row.words for row in rows],
+            images,
+            self.cell.ids,
+            self.cell.order,
+        )
+        deep = len(kwargs.get("deepstack_visual_embeds") or ())
+        if any(stage.layer < deep for stage in images[0].stages):
+            raise ValueError(
+                f"this model adds features of its tower to the visual tokens after each of its first {deep} layers, so "
+                f"they must all be there; nothing can be dropped before layer {deep}"
+            )
+        return done
+
+    def before_layer(self, number: int, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """The decoder's layer of this number is to read what `inside` says."""
+        if self.inside is None:
+            return None
+        states = args[0] if args else kwargs["hidden_states"]
+        if self.filling:
+            states = self.inside.enter(number, states)
+            kwargs = kwargs | self.inside.now
+        elif (mask := self.inside.mask(number, self.steps, states)) is not None:
+            kwargs = kwargs | dict(attention_mask=mask)
+        return ((states, *args[1:]), kwargs) if args else (args, kwargs | dict(hidden_states=states))
 
     @staticmethod
     def full_ids(given: Tensor | None, batch: int, length: int, device: torch.device) -> Tensor:
@@ -304,10 +370,12 @@ class Pruned:
                 for unit in self.images[number][1]:
                     if self.with_text:
                         unit = unit.take(torch.zeros(1, dtype=torch.int64, device=unit.features.device), **said)
-                    (selection,) = prune_images(self.prune, unit, self.cell.keep, [seed])
-                    selection = reorder(selection, self.cell.order, seed)
-                    ids = assign(selection.origin, unit.unpruned, self.cell.ids, seed)
-                    made[number].append(_Placed(unit.unpruned, selection, ids))
+                    depth = len(self.decoder.layers)
+                    ((selection, drops),) = staged_images(self.prune, unit, self.cell.keep, [seed], depth)
+                    if not drops:  # else what is dropped is put in order where that happens
+                        selection = reorder(selection, self.cell.order, seed)
+                    ids = assign(selection.origin, unit.unpruned, self.rules[0][1], seed)
+                    made[number].append(_Placed(unit.unpruned, selection, ids, drops, seed))
         return [made[number] for number in range(len(self.images))]
 
     def embedded(self, name: str, prompt: int, tokens: Tensor) -> Tensor:
@@ -359,13 +427,16 @@ class Pruned:
                 "this prompt's position IDs are not the ones that the model gives to text and images side by side; "
                 "give it no position_ids of your own"
             )
-        return _Row(torch.cat(source), torch.cat(states), torch.cat(ids), start + more)
+        return _Row(torch.cat(source), torch.cat(states), torch.cat(ids), start + more, len(source[0]))
 
     @staticmethod
     def back(source: Tensor, length: int) -> Tensor:
-        """[L] the place in the pruned row that each place of the full row shows: its own or the last kept before."""
-        shown = torch.full((length,), -1, device=source.device)
-        shown[source] = torch.arange(len(source), device=source.device)
+        """[L] the place in the pruned row that each place of the full row shows: its own or the last kept before.
+
+        source: [K], as in `_Row`, -1 for a token that none of the full row's is.
+        """
+        shown, own = torch.full((length,), -1, device=source.device), source >= 0
+        shown[source[own]] = torch.arange(len(source), device=source.device)[own]
         place = torch.arange(length, device=source.device).masked_fill(shown < 0, -1).cummax(dim=0).values
         return torch.where(place < 0, 0, shown[place.clamp(min=0)])
 
@@ -386,6 +457,8 @@ class Pruned:
         if self.cut is None:
             return output
         self.prefilled = self.cut.valid.shape[1]
+        if self.inside is not None:
+            self.leave(output)
 
         def full(states: Tensor) -> Tensor:
             return states.take_along_dim(self.cut.back[..., None].to(states.device), dim=1)
@@ -395,9 +468,25 @@ class Pruned:
             output["hidden_states"] = tuple(full(states) for states in output.hidden_states)
         return output
 
+    def leave(self, output: Any) -> None:
+        """After a prefill with changes inside the decoder. ValueError where the hidden states of all layers are asked
+        for."""
+        if output.get("hidden_states") is not None:
+            raise ValueError("layers that read different tokens have no common hidden states; leave out the option")
+        run, sources = self.inside.run, []
+        for source, words, one in zip(self.sources, self.inside.words, run.selections):
+            first = run.images[len(sources)].selection.origin
+            image = (source[words] - first[0] + one.origin).masked_fill(one.synthetic, -1)
+            sources.append(torch.cat([source[:words], image, source[words + len(first) :]]))
+        most, length = max(map(len, sources)), self.cut.back.shape[1]
+        back = torch.stack([self.back(source, length) + most - len(source) for source in sources])
+        self.cut, self.read = self.cut._replace(back=back), self.inside.read
+        self.kept = [layer_mean(read, len(self.decoder.layers)) for read in self.read]
 
-def _try(prune: Pruner, keep: float | None, signals: Sequence[str]) -> None:
-    """Run a method on random tokens with these signals. AttributeError where it asks for another one."""
+
+def _try(prune: Pruner, keep: float | None, signals: Sequence[str], depth: int) -> None:
+    """Run a method on random tokens with these signals, for a decoder of so many layers. AttributeError where it asks
+    for another one."""
     made = torch.rand(1, 17, 8)
     shapes = {
         "patches": made[:, 1:],
@@ -412,21 +501,23 @@ def _try(prune: Pruner, keep: float | None, signals: Sequence[str]) -> None:
         "clip_prompt": made[:, 0],
     }
     offered = Signals(**{name: partial(shapes.__getitem__, name) for name in signals})
-    prune_images(prune, VisualTokens(made[:, 1:], (4, 4), offered, lambda patches: patches), keep, [0])
+    staged_images(prune, VisualTokens(made[:, 1:], (4, 4), offered, lambda patches: patches), keep, [0], depth)
 
 
 def check_pruner(model: PreTrainedModel, cell: Cell) -> Pruner:
     """The cell's method. Raises ValueError where it, or the IDs, cannot run on this model or with this keep ratio."""
     if reads_truth(cell.ids):
         raise ValueError(f"IDs {cell.ids!r} read the ground truth, which only evaluation on data with boxes has")
-    prune, signals = find_pruner(cell.pruner), offers(model.config)
+    prune, signals, depth = find_pruner(cell.pruner), offers(model.config), len(model.get_decoder().layers)
+    if (last := by_layer(cell.ids)[-1][0]) >= depth:
+        raise ValueError(f"IDs {cell.ids!r} change at layer {last}, and the decoder has the layers 0 to {depth - 1}")
     try:
-        _try(prune, cell.keep, signals)
+        _try(prune, cell.keep, signals, depth)
     except AttributeError as error:
         runs = []
         for name in all_pruners():
-            with suppress(AttributeError):
-                _try(find_pruner(name), 0.5, signals)
+            with suppress(AttributeError, ValueError):  # a signal, or layers, that are not there
+                _try(find_pruner(name), 0.5, signals, depth)
                 runs.append(name)
         raise ValueError(
             f"pruner {cell.pruner!r} cannot run on a {model.config.model_type} model: {error}; methods that can: "
@@ -507,6 +598,11 @@ def pruned(
             decoder.register_forward_pre_hook(hooks.before_decoder, with_kwargs=True),
             decoder.register_forward_hook(hooks.after_decoder, with_kwargs=True),
         ]
+        if hooks.changes:
+            handles += [
+                layer.register_forward_pre_hook(partial(hooks.before_layer, number), with_kwargs=True)
+                for number, layer in enumerate(decoder.layers)
+            ]
         yield hooks
     finally:
         _ACTIVE.discard(model)

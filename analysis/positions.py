@@ -61,6 +61,10 @@ plane. IDs count from the image's first slot; `sequence_positions` puts the text
 As in "original@compact", "compact#target", "shifted:100@after" or "original+cache": GAP at prefill, compact IDs while
 decoding. Views of an image (LLaVA-NeXT) are rolled, flipped and exchanged each by itself, newlines with their rows.
 exchanged, #target and #background read the ground truth (`types.Truth`), which only evaluation on data with boxes has.
+
+IDs|layer|IDs  changes the IDs inside the decoder: "original|2|compact" are wrong from layer 2 on (layers count from 0),
+"compact|2|original" before it. Where tokens are dropped inside the decoder, a rule starts at each layer from what that
+layer reads.
 Shares and factors are exact: 0.75 and 3/4 are the same, and the denominator is at most a million.
 """
 
@@ -334,6 +338,20 @@ def parse_spec(spec: str, registry: dict[str, Callable] = IDS) -> Spec:
     return Spec(name, value, text or None, generated or None, part if cross else None)
 
 
+def by_layer(spec: str) -> list[tuple[int, str]]:
+    """(first layer, IDs from there on) of a specification of IDs, which may have several: "original|2|compact".
+
+    Raises ValueError unless the layers are whole numbers that rise from 1, and as `parse_spec`.
+    """
+    parts = spec.split("|") if isinstance(spec, str) else [spec]
+    layers = [int(part) if part.isdecimal() else -1 for part in parts[1::2]]
+    if len(parts) % 2 == 0 or sorted({0, *layers}) != [0, *layers]:
+        raise ValueError(f"IDs that change are written IDs|layer|IDs, as in 'original|2|compact', got {spec!r}")
+    for one in parts[::2]:
+        parse_spec(one)
+    return list(zip([0, *layers], parts[::2]))
+
+
 def reorder(selection: Selection, spec: str, seed: int) -> Selection:
     """The same tokens in the order that `spec` names. Raises ValueError as `parse_spec`."""
     name, value, *_ = parse_spec(spec, ORDERS)
@@ -342,8 +360,8 @@ def reorder(selection: Selection, spec: str, seed: int) -> Selection:
 
 def reads_truth(spec: str) -> bool:
     """Whether IDs depend on the ground truth, and so on the expression. Raises ValueError as `parse_spec`."""
-    parsed = parse_spec(spec)
-    return parsed.name == "exchanged" or parsed.part in PARTS
+    parsed = [parse_spec(one) for _, one in by_layer(spec)]
+    return any(one.name == "exchanged" or one.part in PARTS for one in parsed)
 
 
 def assign(origin: Tensor, unpruned: Ids, spec: str, seed: int, truth: Truth | None = None) -> Ids:

@@ -159,6 +159,49 @@ class Selection:
         return Selection(self.features[order], self.origin[order], self.synthetic[order])
 
 
+class Attention(NamedTuple):
+    """Which attention of the decoder ranks visual tokens.
+
+    layer: whose queries and keys compare; rope: False leaves their rotation out; over: "all" for a softmax over all
+    keys, "image" for one over the visual tokens; queries: "last" of the question or all of its "text"; unbiased:
+    divided by what rotation alone makes of a query and a key of ones (SparseVLM+).
+    """
+
+    layer: int
+    rope: bool = True
+    over: str = "all"
+    queries: str = "last"
+    unbiased: bool = False
+
+
+class Look(NamedTuple):
+    """What a stage inside the decoder sees of one sequence: K visual tokens, S of the question.
+
+    states: [K, D], as they enter the stage's first layer; origin: [K], as in `Selection`; attention: [heads, Q, K] of
+    the queries that the stage asked for, None where for none; image: [N, D] the visual tokens, words: [S, D] the
+    question as they entered the decoder.
+    """
+
+    states: Tensor
+    origin: Tensor
+    attention: Tensor | None
+    image: Tensor
+    words: Tensor
+
+    def take(self, index: Tensor) -> Selection:
+        """The tokens at these places, [k] int64, in this order."""
+        return Selection(self.states[index], self.origin[index], torch.zeros_like(index, dtype=torch.bool))
+
+
+class Stage(NamedTuple):
+    """A drop inside the decoder. layer: the first that reads only what is kept; select: what is kept, of `Look.states`;
+    attention: what it asks for, None where its choice needs no look."""
+
+    layer: int
+    select: Callable[[Look], Selection]
+    attention: Attention | None = None
+
+
 def kept(features: Tensor, index: Tensor) -> list[Selection]:
     """Selections that keep original tokens only. features: [B, N, D]; index: [B, K] raster indices as emitted."""
     chosen = torch.gather(features, 1, index[..., None].expand(-1, -1, features.shape[-1]))

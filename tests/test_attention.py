@@ -176,6 +176,7 @@ SCORED = [name for name in all_pruners() if PRUNERS[name].score is not None]
 def test_methods_with_a_score():
     """A score that does not know an option says nothing about the method with that option."""
     without = {"none", "spatial", "prumerge+", "divprune", "vispruner", "cdpruner", "holov", "dart"}
+    without |= {name for name, one in PRUNERS.items() if one.inside}
     assert {"none", *all_pruners()} - set(SCORED) == without
     assert pruner("trim:about=expression").score is not None and pruner("trim:anchor=last").score is None
     assert pruner("prumerge:plus=true").score is None

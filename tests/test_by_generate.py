@@ -67,6 +67,9 @@ GRID = [
     *cells("prumerge", 0.1, order="raster", ids="original+cache"),
     *cells("trim:lowest=false", 0.25, ids="original"),
     *cells("text_similarity", 0.5, ids="shuffled:0.5", order="shuffled", seeds=1),
+    *cells(["fastv", "sparsevlm"], 0.25, ids=["original", "compact"]),
+    *cells(["pyramiddrop", "feather", "sparsevlm+"], 0.5, ids="compact+original"),
+    *cells("random:inside=2", 0.5, order="shuffled", ids="compact|3|original+cache"),
 ]
 
 
@@ -75,7 +78,20 @@ def test_every_answer_is_the_engines(slow, tmp_path):
     fast, data = models.load("tiny-llava", device="cpu"), datasets.load("refstamps", "val", 1)
     rows = evaluate(fast, data, GRID, tmp_path / "engine.parquet", progress=False)
     again = evaluate(slow, data, GRID, tmp_path / "generate.parquet", progress=False, batch_size=4)
-    same = ["expression", "raw", "tokens", "tokens_full", "pruner", "keep", "ids", "order", "seed", "frame", "dialect"]
+    same = [
+        "expression",
+        "raw",
+        "tokens",
+        "tokens_full",
+        "layer_tokens",
+        "pruner",
+        "keep",
+        "ids",
+        "order",
+        "seed",
+        "frame",
+        "dialect",
+    ]
     assert again[same].equals(rows[same])
     assert list(again.columns) == list(rows.columns)
     assert rows.groupby(["pruner", "ids"])["raw"].agg(tuple).nunique() > 4

@@ -19,7 +19,6 @@ from analysis.engine.decode import (
     prefill,
     prefill_shared,
     prompt_inputs,
-    shared_context,
 )
 from analysis.positions import assign, sequence_positions
 from analysis.types import raster_ids
@@ -335,26 +334,18 @@ def test_generated_tokens_go_on_where_they_are_told():
     assert greedy(parts(model), own) == expected("original")
 
 
-def test_prompts_share_words_and_images_and_answer_as_alone():
-    """Five prompts: two beginnings, three sets of visual tokens, one of them under both beginnings."""
+def test_a_prompt_in_three_parts_is_the_whole():
     model, draw = llama(shared_prefix.NAME), torch.Generator().manual_seed(4)
-    words = [torch.randint(VOCABULARY, (length,), generator=draw) for length in (3, 5)]
-    ids = [assign(torch.arange(k) * 2, raster_ids(30), spec, 0) for k, spec in ((4, "original+cache"), (7, "compact"))]
-    images = [torch.randn(len(one.visual), WIDTH, generator=draw) for one in ids]
-    which = [(0, 0), (1, 0), (0, 1), (0, 0), (1, 0)]  # words, image
-    ends = [torch.randint(VOCABULARY, (length,), generator=draw) for length in (2, 1, 3, 4, 2)]
-    with torch.no_grad():
-        embed = model.model.embed_tokens
-        prompts = [prompt_inputs(embed, (words[w], e), images[i], ids[i]) for (w, i), e in zip(which, ends)]
-    single = [greedy(parts(model), [one.whole])[0] for one in prompts]
-    context = shared_context(model.model, prompts, *zip(*which))
-    assert [len(one.mask) for one in context] == [2, 3]
-    assert greedy(parts(model), [one.after for one in prompts], context) == single
-    assert len({str(answer) for answer in single}) == 5
-    for (w, i), end, one in zip(which, ends, prompts):
-        assert one.whole.position_ids.equal(sequence_positions(len(words[w]), ids[i], len(end)))
-        assert one.whole.embeds.equal(torch.cat([embed(words[w]), images[i], embed(end)]))
-        assert one.whole.next_id == len(words[w]) + (4 if i == 0 else 7) + len(end)
+    for spec, k, start in (("original+cache", 4, 4), ("compact", 7, 7)):
+        ids = assign(torch.arange(k) * 2, raster_ids(30), spec, 0)
+        words, end = (torch.randint(VOCABULARY, (length,), generator=draw) for length in (3, 2))
+        image, embed = torch.randn(k, WIDTH, generator=draw), model.model.embed_tokens
+        one = prompt_inputs(embed, (words, end), image, ids)
+        assert one.whole.position_ids.equal(sequence_positions(3, ids, 2))
+        assert one.whole.embeds.equal(torch.cat([embed(words), image, embed(end)]))
+        assert one.whole.next_id == 3 + start + 2
+        context = prefill_shared(model.model, [one.image], [0], prefill_shared(model.model, [one.before], [0]))
+        assert greedy(parts(model), [one.after], context) == greedy(parts(model), [one.whole])
 
 
 def test_rows_with_equal_keys_form_a_group():

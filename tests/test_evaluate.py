@@ -342,9 +342,7 @@ def test_methods_that_read_the_expression_select_for_each(tiny, tmp_path):
             visual = visual.take(torch.tensor([0]), **tiny.texts(["cat"]))
         chosen = evaluation._choose(how, [([0], visual)], data.rows, cell)
         assert chosen.of_row == dict(zip(data.rows.index, groups)) and set(chosen.image_ids) == {0}
-        assert (
-            len({str(one.origin.tolist()) for one in chosen.selections}) == len(chosen.selections) == len(set(groups))
-        )
+        assert len({str(one.origin.tolist()) for one, _ in chosen.made}) == len(chosen.made) == len(set(groups))
 
 
 def test_a_model_without_its_clip_says_how_to_get_it(tiny, tmp_path):
@@ -397,8 +395,8 @@ TOLD = [
 def test_what_reads_the_ground_truth_differs_between_expressions(tiny, tmp_path, monkeypatch):
     """The truth that IDs get is each expression's own box in the padded square; rows do not depend on batches."""
     given = []
-    plain = evaluation.assign
-    monkeypatch.setattr(evaluation, "assign", lambda *all: (given.append(all[-1]), plain(*all))[1])
+    plain = evaluation.stages.assign
+    monkeypatch.setattr(evaluation.stages, "assign", lambda *all: (given.append(all[-1]), plain(*all))[1])
     rows = run(tiny, tmp_path / "a", TOLD, Boxed())
     pd.testing.assert_frame_equal(rows, run(tiny, tmp_path / "b", TOLD, Boxed(), batch_size=1, chunk=5))
     pd.testing.assert_frame_equal(

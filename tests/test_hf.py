@@ -411,3 +411,69 @@ def test_models_kernels_and_videos_that_cannot_be_pruned():
         call=lambda model: model.model.get_video_features(torch.zeros(16, 96), torch.tensor([[1, 4, 4]])),
     )
     assert "get_video_features" not in qwen.model.__dict__
+
+
+# ---- inside the decoder (the engine's answers: tests/test_by_generate.py)
+
+
+@cache
+def one_image(name):
+    """The last prompt of the batch by itself, with its one image, in one piece in all families."""
+    inputs, _ = small.batch(name)
+    real = inputs["attention_mask"][2].bool()
+    pictures = 96 if name.startswith("qwen") else 1  # patches of its image
+    lengths = dict(pixel_values=pictures, image_grid_thw=1, image_sizes=1, batch_num_images=1)
+    return {
+        key: value[-lengths[key] :] if key in lengths else value[2:, real].contiguous() for key, value in inputs.items()
+    }
+
+
+def one_answer(name, **options):
+    out = model_of(name).generate(
+        **one_image(name), max_new_tokens=STEPS, output_logits=True, return_dict_in_generate=True, **options
+    )
+    return out.sequences, torch.stack(out.logits)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_stages_that_drop_nothing_change_no_bit_and_others_need_no_cache(name):
+    model, first = model_of(name), 2 if name == "qwen3_vl" else 1  # whose first layers add features to all tokens
+    sequences, logits = one_answer(name)
+    with pruned(model, None, f"fastv:layer={first}", keep=1, ids=f"original|{first}|compact@original"):
+        again, same = one_answer(name)
+    assert torch.equal(again, sequences) and torch.equal(same, logits)
+    with pruned(model, None, f"random:inside={first}", keep=0.5, ids="compact", order="shuffled") as done:
+        again, changed = one_answer(name)
+        beams, _ = one_answer(name, num_beams=3)
+        without, slowly = one_answer(name, use_cache=False)
+        assert torch.equal(one_answer(name, use_cache=False, num_beams=3)[0], beams)
+    assert torch.equal(again, without) and not torch.allclose(changed, logits, atol=1e-2)
+    torch.testing.assert_close(changed, slowly, atol=1e-4, rtol=0)
+    depth, [full] = len(model.get_decoder().layers), set(done.full)
+    half = done.read[0][-1][1]
+    assert done.kept[0] == pytest.approx((first * full + (depth - first) * half) / depth) and full / 2 <= half < full
+
+
+def test_what_inside_the_decoder_cannot_be_done_is_refused():
+    model = model_of("llava")
+    with pruned(model, None, "fastv:layer=1", keep=0.5):
+        with pytest.raises(ValueError, match="with one image in one piece"):
+            answer("llava")
+        for options, said in (
+            (dict(prompt_lookup_num_tokens=2), "leave out assistant_model"),
+            (dict(cache_implementation="static"), "the cache must grow"),
+            (dict(output_hidden_states=True), "no common hidden states"),
+        ):
+            with pytest.raises(ValueError, match=said):
+                one_answer("llava", **options)
+        one_answer("llava")
+    with (
+        pytest.raises(ValueError, match="has the layers 0 to"),
+        pruned(model, None, "random", ids="original|9|compact"),
+    ):
+        pass
+    with pruned(model_of("qwen3_vl"), None, "random:inside=1", keep=0.5):
+        with pytest.raises(ValueError, match="nothing can be dropped before layer 2"):
+            one_answer("qwen3_vl")
+        with pytest.raises(ValueError, match="nothing can be dropped"):
+            one_answer("qwen3_vl")

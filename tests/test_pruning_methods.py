@@ -507,7 +507,7 @@ def test_bad_keep_ratio(spec, keep):
         ("prumerge:plus=maybe", "option plus 'maybe'; valid: true, false"),
         ("trim:anchr=last", "option of pruner 'trim' 'anchr'; did you mean 'anchor'.* valid: about, anchor"),
         ("prumerge+:about=prompt", "option of pruner 'prumerge[+]' 'about'; .*valid: plus, anchor"),
-        ("divprune:anchor=last", "'divprune' takes no options"),
+        ("divprune:anchor=last", "unknown option of pruner 'divprune' 'anchor'; valid: inside"),
         ("trim:layer=lst", r"option layer 'lst'; did you mean 'last'\? valid: last, read"),
         ("visionzip:keys=first", "option keys 'first'; valid: last, read"),
         ("vispruner:important=2", r"option important is the share .* in \[0, 1\], got 2"),

@@ -50,7 +50,7 @@ def test_the_example_pruner_runs_through_the_grid(feature_norm, tiny, tmp_path):
     "spec, message",
     [
         ("randon", "unknown pruner 'randon'; did you mean 'random'"),
-        ("random:k=3", "takes no options"),
+        ("none:k=3", "takes no options"),
         ("trim:anker=last", "unknown option of pruner 'trim' 'anker'.*valid: about, anchor, lowest"),
         ("trim:last", "an option is written option=value, got 'last'"),
     ],

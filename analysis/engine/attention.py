@@ -40,6 +40,7 @@ from analysis.engine.decode import (
     prompt_inputs,
 )
 from analysis.engine.evaluate import EXPRESSION, box_draft, id_columns, image_seed, texts
+from analysis.engine.stages import layer_text
 from analysis.inconsistency import inconsistency_rate
 from analysis.models import Model
 from analysis.pruning import pruner as find_pruner
@@ -309,6 +310,7 @@ def attention_rows(
                     **Cell(name, keep, "raster", "original", seed).columns(),
                     tokens=float(n),
                     tokens_full=float(n),
+                    layer_tokens=layer_text([(0, n)]),
                     error=error,
                 )
             )

@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from statistics import median
 
 import pandas as pd
@@ -23,12 +23,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 from transformers import Cache, LlamaConfig, LlamaModel
 
+from analysis.engine import stages
 from analysis.engine.decode import Inputs, causal_mask, prefill, prompt_inputs
 from analysis.engine.evaluate import image_seed
 from analysis.models import Model
 from analysis.positions import assign, reorder
 from analysis.pruning import budget, pruner
-from analysis.pruning.images import prune_images
+from analysis.pruning.images import staged_images
 from analysis.registry import matching, pick
 from analysis.types import Cell, Ids, RecDataset, Selection, VisualTokens
 
@@ -70,21 +71,29 @@ def peak_bytes(model: Model, run: Callable[[], object]) -> int:
 
 def cache_bytes(cache: Cache) -> int:
     """Bytes of the keys and values that a cache holds."""
-    return sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
+    held = [layer for layer in cache.layers if layer.is_initialized]
+    return sum(t.numel() * t.element_size() for layer in held for t in (layer.keys, layer.values))
 
 
-def decoder_flops(name: str, keep: float) -> int:
-    """Prefill FLOPs of a published model's decoder (without head) on one prompt, from its configuration alone."""
+def decoder_flops(name: str, keep: float | Sequence[tuple[int, float]]) -> int:
+    """Prefill FLOPs of a published model's decoder (without head) on one prompt, from its configuration alone.
+
+    keep: share of the visual tokens, or (first layer, share) of each stretch of layers; what ranks tokens in between
+    costs some thousandth of a layer and is left out.
+    """
     visual, blocks, sizes = pick(DECODERS, name, "decoder")
+    starts, shares = zip(*(keep if isinstance(keep, Sequence) else [(0, keep)]))
     with torch.device("meta"):
         block = LlamaModel(LlamaConfig(vocab_size=32, num_hidden_layers=1, attn_implementation="eager", **sizes))
-        length = TEXT + budget(keep, visual)
-        embeds = torch.empty(1, length, sizes["hidden_size"])
-        mask = causal_mask(torch.ones(1, length, dtype=torch.bool), embeds.dtype)
-        ids = torch.arange(length)[None]
-        return blocks * flops(
-            lambda: block(inputs_embeds=embeds, position_ids=ids, attention_mask=mask, use_cache=False)
-        )
+
+    def block_flops(length: int) -> int:
+        embeds = torch.empty(1, length, sizes["hidden_size"], device="meta")
+        mask = causal_mask(torch.ones(1, length, dtype=torch.bool, device="meta"), embeds.dtype)
+        ids = torch.arange(length, device="meta")[None]
+        return flops(lambda: block(inputs_embeds=embeds, position_ids=ids, attention_mask=mask, use_cache=False))
+
+    layers = [end - start for start, end in pairwise([*starts, blocks])]
+    return sum(count * block_flops(TEXT + budget(share, visual)) for count, share in zip(layers, shares))
 
 
 @torch.inference_mode()
@@ -106,10 +115,10 @@ def cost_rows(
 ) -> pd.DataFrame:
     """One row per turn and cell, for `batch` images with their first expression.
 
-    Columns: the cell's; turn; tokens (mean visual tokens read); flops, cache_bytes (per prompt), peak_bytes of the
-    prefill beyond the weights (per batch), which are counted once; encode_s (tower and connector, the same for all),
-    select_s (selection, order, IDs and embeddings), prefill_s (decoder), all per batch. The first turn warms up and is
-    left out.
+    Columns: the cell's; turn; tokens (visual tokens read, mean over prompts and layers); flops, cache_bytes (per
+    prompt), peak_bytes of the prefill beyond the weights (per batch), which are counted once; encode_s (tower and
+    connector, the same for all), select_s (selection, order, IDs and embeddings; of a method inside the decoder it is
+    part of the prefill), prefill_s (decoder), all per batch. The first turn warms up and is left out.
     Raises ValueError for fewer than two images or turns.
     """
     first = dataset.rows.drop_duplicates("image_id").head(batch)
@@ -118,7 +127,7 @@ def cost_rows(
     images = [dataset.image(i) for i in first["image_id"]]
     expressions, seeds = list(first["expression"]), [image_seed(0, i) for i in first["image_id"]]
     prompts = [model.prompt(expression) for expression in expressions]
-    index = torch.arange(len(first), device=model.device)
+    index, depth = torch.arange(len(first), device=model.device), len(model.decoder.layers)
 
     def encode() -> VisualTokens:
         return model.encode(images).take(index, **model.texts(expressions))
@@ -131,19 +140,27 @@ def cost_rows(
         for cell in grid:
             visual = encode()  # anew, so that each method pays for its own signals
             start = clock(model)
-            chosen = prune_images(pruner(cell.pruner), visual, cell.keep, seeds)
-            inputs = whole_prompts(model, chosen, visual.unpruned, prompts, cell)
+            made = staged_images(pruner(cell.pruner), visual, cell.keep, seeds, depth)
+            if made[0][1]:
+                shown = [stages.Shown(one, visual.unpruned, cell.seed, drops) for one, drops in made]
+                # each prompt has its own image, so that nothing is shared here, as in the plain prefill below
+                again = partial(stages.prefill, model, prompts, shown, range(len(shown)), cell.ids, cell.order)
+            else:
+                again = partial(
+                    prefill, model, whole_prompts(model, [one for one, _ in made], visual.unpruned, prompts, cell)
+                )
             selected = clock(model)
-            _, cache, _ = prefill(model, inputs)
+            prefilled = again()
             done = clock(model)
             if cell not in counted:
-                again = partial(prefill, model, inputs)
+                caches = [prefilled[1], *(one.cache for one in prefilled.context)] if made[0][1] else [prefilled[1]]
+                read = prefilled.read if made[0][1] else [[(0, len(one.origin))] for one, _ in made]
                 counted[cell] = dict(
+                    tokens=sum(stages.layer_mean(one, depth) for one in read) / len(first),
                     flops=flops(again) / len(first),
-                    cache_bytes=cache_bytes(cache) / len(first),
+                    cache_bytes=sum(map(cache_bytes, caches)) / len(first),
                     peak_bytes=peak_bytes(model, again),
                 )
-            text = sum(len(prefix) + len(suffix) for prefix, suffix in prompts)
             rows.append(
                 cell.columns()
                 | dict(
@@ -152,7 +169,6 @@ def cost_rows(
                     device=str(model.device),
                     images=len(first),
                     turn=turn,
-                    tokens=(sum(len(one.embeds) for one in inputs) - text) / len(first),
                     tokens_full=visual.length,
                     encode_s=encode_s,
                     select_s=selected - start,

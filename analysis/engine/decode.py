@@ -138,18 +138,26 @@ class RoomyLayer(DynamicLayer):
         return self.keys, self.values
 
 
+def shared(
+    decoder: nn.Module, inputs: Sequence[Inputs], owner: Sequence[int], context: Context = ()
+) -> tuple[list[Tensor], Context]:
+    """Run M shared prefixes once: their last hidden states, [L, D] each, and the context of the B sequences, of which b
+    continues prefix owner[b].
+
+    context: what the prefixes themselves continue. Errors as for `hidden_states`.
+    """
+    states, cache, valid = hidden_states(decoder, inputs, context=context)
+    index, dtype = torch.tensor(owner, device=valid.device), inputs[0].embeds.dtype
+    mask = torch.zeros(valid.shape, dtype=dtype, device=valid.device).masked_fill(~valid, torch.finfo(dtype).min)
+    made = *(one.take(index) for one in context), SharedPrefix.of(cache, mask[:, None, None], index)
+    return [row[len(row) - len(one.embeds) :] for row, one in zip(states, inputs)], made
+
+
 def prefill_shared(
     decoder: nn.Module, inputs: Sequence[Inputs], owner: Sequence[int], context: Context = ()
 ) -> Context:
-    """Prefill M shared prefixes once; owner[b] is the prefix that sequence b continues.
-
-    context: what the prefixes themselves continue; the result is a context of the B sequences. Errors as for
-    `hidden_states`.
-    """
-    _, cache, valid = hidden_states(decoder, inputs, context=context)
-    index, dtype = torch.tensor(owner, device=valid.device), inputs[0].embeds.dtype
-    mask = torch.zeros(valid.shape, dtype=dtype, device=valid.device).masked_fill(~valid, torch.finfo(dtype).min)
-    return *(one.take(index) for one in context), SharedPrefix.of(cache, mask[:, None, None], index)
+    """The context that `shared` makes."""
+    return shared(decoder, inputs, owner, context)[1]
 
 
 def for_decoder(position_ids: Tensor) -> Tensor:
@@ -170,12 +178,16 @@ def padded(rows: Sequence[Tensor], side: Padding) -> Tensor:
 
 @torch.inference_mode()
 def hidden_states(
-    decoder: nn.Module, inputs: Sequence[Inputs], padding: Padding = "left", context: Context = ()
+    decoder: nn.Module,
+    inputs: Sequence[Inputs],
+    padding: Padding = "left",
+    context: Context = (),
+    cache: Cache | None = None,
 ) -> tuple[Tensor, Cache, Tensor]:
     """Run a ragged batch: last hidden states [B, L, D], the filled cache, and which places are tokens [B, L] bool.
 
     inputs: B sequences; L is the longest one's length, padding embeds as zeros; context: what the B sequences continue,
-    as `prefill_shared` makes it.
+    as `prefill_shared` makes it; cache: where the keys of these layers come beside those of others, None for a new one.
     Raises ValueError on an empty batch or sequence, on lengths that disagree, on an unknown padding side, and for a
     context where the decoder's attention is not "shared_prefix".
     """
@@ -198,26 +210,11 @@ def hidden_states(
         inputs_embeds=states,
         position_ids=for_decoder(ids),
         attention_mask=causal_mask(valid, states.dtype),
-        past_key_values=Cache(layer_class_to_replicate=RoomyLayer),
+        past_key_values=Cache(layer_class_to_replicate=RoomyLayer) if cache is None else cache,
         use_cache=True,
         shared_prefixes=context,
     )
     return out.last_hidden_state, out.past_key_values, valid
-
-
-def shared_context(
-    decoder: nn.Module, prompts: Sequence[PromptInputs], words: Sequence[Hashable], images: Sequence[Hashable]
-) -> Context:
-    """What the questions of B prompts continue, each part prefilled once: the words before the image, then the image.
-
-    words, images: [B] keys; prompts with equal ones begin with the same words, and show the same tokens with equal IDs.
-    An image is prefilled once for each beginning, which in some prompts holds the expression.
-    """
-    first_of_image, image_of = grouped(zip(words, images))
-    first_of_words, words_of = grouped(words[row] for row in first_of_image)
-    said = [prompts[first_of_image[place]].before for place in first_of_words]
-    shown = [prompts[row].image for row in first_of_image]
-    return prefill_shared(decoder, shown, image_of, prefill_shared(decoder, said, words_of))
 
 
 @torch.inference_mode()
@@ -291,11 +288,27 @@ def greedy(
     """
     if model.max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be >= 1, got {model.max_new_tokens}")
-    logits, cache, valid = prefill(model, inputs, padding, context)
-    device, planes = logits.device, inputs[0].position_ids.shape[1:]
+    prefilled = prefill(model, inputs, padding, context)
+    starts = [int(one.position_ids[-1].max()) + 1 if one.next_id is None else one.next_id for one in inputs]
+    return continued(model, *prefilled, starts, inputs[0].position_ids.shape[1:], context, draft)
+
+
+@torch.inference_mode()
+def continued(
+    model: LanguageModel,
+    logits: Tensor,
+    cache: Cache,
+    valid: Tensor,
+    starts: Sequence[int],
+    planes: Sequence[int],
+    context: Context,
+    draft: Sequence[int],
+) -> list[list[int] | None]:
+    """`greedy` from the end of the prefill on. logits, cache, valid: as `prefill` gives them; starts: [B] ID of the
+    first token generated in each sequence; planes: (P,) where a token has P IDs, else ()."""
+    device = logits.device
     ends = torch.tensor(end_tokens(model), device=device)
     drafted = Draft(draft, model, device)
-    starts = [int(one.position_ids[-1].max()) + 1 if one.next_id is None else one.next_id for one in inputs]
     next_id = torch.tensor(starts, device=device)  # of the token to come, for each row
     rows = torch.arange(len(logits), device=device)  # which sequence each row of the shrinking batch is
     place = torch.zeros_like(rows)  # of the token to come, in its answer

@@ -25,17 +25,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from analysis import keys, results
-from analysis.engine.decode import draft_from, greedy, prompt_inputs, shared_context
+from analysis.engine import stages
+from analysis.engine.decode import continued, draft_from
 from analysis.models import Model
 from analysis.models.by_generate import ByGenerate
-from analysis.positions import ORDERS, assign, parse_spec, reads_truth, reorder
+from analysis.positions import ORDERS, assign, by_layer, parse_spec, reads_truth, reorder
 from analysis.pruning import Pruner, all_pruners
 from analysis.pruning import pruner as find_pruner
-from analysis.pruning.images import prune_images
+from analysis.pruning.images import staged_images
 from analysis.rec.boxes import BOX_FORMATS, frame
 from analysis.rec.pictures import read_picture
 from analysis.rec.scoring import check_boxes, score, score_words
-from analysis.types import Cell, Ids, RecDataset, Selection, Signals, Truth, VisualTokens
+from analysis.types import Cell, RecDataset, Selection, Signals, Stage, Truth, VisualTokens
 
 _KEY = ["image_id", "ref_id", "sent_id"]
 EXPRESSION = [*_KEY, "expression", "width", "height", "x1", "y1", "x2", "y2"]
@@ -73,7 +74,7 @@ def check_cells(grid: Sequence[Cell]) -> None:
     for cell in grid:
         find_pruner(cell.pruner)
         parse_spec(cell.order, ORDERS)
-        parse_spec(cell.ids)
+        by_layer(cell.ids)
         number = isinstance(cell.keep, int | float) and not isinstance(cell.keep, bool)
         if cell.keep is not None and not (number and 0 < cell.keep <= 1):
             raise ValueError(f"keep ratio must be in (0, 1], got {cell.keep!r}; give a share such as 0.25")
@@ -134,12 +135,6 @@ def _told(truths: Sequence[Truth], device: torch.device) -> dict[str, Callable[[
     """The signals of `types.Signals` that are ground truth, as thunks, for one expression an image."""
     known = [name for name in Truth._fields if truths and getattr(truths[0], name) is not None]
     return {name: lambda name=name: torch.tensor([getattr(one, name) for one in truths]).to(device) for name in known}
-
-
-def _place(selection: Selection, unpruned: Ids, cell: Cell, seed: int, truth: Truth | None) -> tuple[Tensor, Ids]:
-    """One image's tokens [K, D] in the cell's order, and the cell's IDs."""
-    selection = reorder(selection, cell.order, seed)
-    return selection.features, assign(selection.origin, unpruned, cell.ids, seed, truth)
 
 
 @dataclass
@@ -208,11 +203,11 @@ def _out_of_memory(model: Model, size: int, what: str) -> int:
 class Chosen(NamedTuple):
     """What a method chose on one chunk.
 
-    selections, image_ids: one for each image, or for each expression where the method reads it; of_row: which of them a
-    row, by its index, is answered from. Rows of broken images are not in it.
+    made, image_ids: one for each image, or for each expression where the method reads it, as `staged_images` makes
+    them; of_row: which of them a row, by its index, is answered from. Rows of broken images are not in it.
     """
 
-    selections: list[Selection]
+    made: list[tuple[Selection, list[Stage]]]
     image_ids: list[Any]
     of_row: dict[Any, int]
 
@@ -222,11 +217,11 @@ def _choose(run: Run, encoded: Sequence[tuple[list, VisualTokens]], rows: pd.Dat
 
     def add(visual: VisualTokens, image_ids: Sequence[Any]) -> None:
         seeds = [image_seed(cell.seed, image_id) for image_id in image_ids]
-        chosen.selections.extend(prune_images(prune, visual, cell.keep, seeds))
+        chosen.made.extend(staged_images(prune, visual, cell.keep, seeds, len(run.model.decoder.layers)))
         chosen.image_ids.extend(image_ids)
 
     for image_ids, visual in encoded:
-        here, start = rows[rows["image_id"].isin(image_ids)], len(chosen.selections)
+        here, start = rows[rows["image_id"].isin(image_ids)], len(chosen.made)
         if not run.by_text[cell.pruner, cell.keep]:
             add(visual, image_ids)
             chosen.of_row.update({row: start + image_ids.index(i) for row, i in here["image_id"].items()})
@@ -236,23 +231,8 @@ def _choose(run: Run, encoded: Sequence[tuple[list, VisualTokens]], rows: pd.Dat
             index = torch.tensor([image_ids.index(i) for i in part["image_id"]], device=visual.features.device)
             told = _told(list(_truths(run.model, part).values()), visual.features.device)
             add(visual.take(index, **run.model.texts(list(part["expression"])), **told), list(part["image_id"]))
-        chosen.of_row.update(zip(here.index, range(start, len(chosen.selections))))
+        chosen.of_row.update(zip(here.index, range(start, len(chosen.made))))
     return chosen
-
-
-@torch.inference_mode()
-def _answer(
-    model: Model,
-    prompts: Sequence[tuple[Tensor, Tensor]],
-    placed: Sequence[tuple[Tensor, Ids]],
-    numbers: Sequence[int],
-    draft: Sequence[int],
-) -> list[list[int] | None]:
-    """The tokens that answer one batch. prompts: [B]; numbers: [B], which of the placed tokens each prompt shows."""
-    inputs = [prompt_inputs(model.embed, prompt, *placed[number]) for prompt, number in zip(prompts, numbers)]
-    words = [tuple(before.tolist()) for before, _ in prompts]
-    context = shared_context(model.decoder, inputs, words, numbers)
-    return greedy(model, [one.after for one in inputs], context, draft=draft)
 
 
 def texts(model: Model, answers: Sequence[list[int] | None]) -> tuple[list[str], list[str]]:
@@ -274,12 +254,13 @@ def _table(
     """The finished rows of one cell on one chunk, answered in batches, which are halved where memory runs out.
 
     errors: as `_readable` gives them; todo: the rows to answer, by their index; answer: (some of them) -> their columns
-    raw, tokens and tokens_full, and error where an answer can fail.
+    raw, tokens, tokens_full and layer_tokens, and error where an answer can fail.
     """
     model = run.model
     table = id_columns(model, run.dataset, rows, _columns(rows)).assign(
         raw="", dialect=model.box_format, frame=model.frame, **cell.columns(), tokens=np.nan, tokens_full=np.nan
     )
+    table["layer_tokens"] = ""
     table["error"] = [errors.get(image_id, "") for image_id in rows["image_id"]]
     run.bar.update(len(rows) - len(todo))
     while todo:
@@ -307,7 +288,7 @@ def needs_text(model: Model, prune: Pruner, keep: float | None, truths: Sequence
     truths: one, where the data have boxes. Raises what the method raises where it cannot run.
     """
     blank = _blank(model, truths)
-    prune_images(prune, blank, keep, [0])
+    staged_images(prune, blank, keep, [0], len(model.decoder.layers))
     return bool(blank.signals.asked & Signals.OF_EXPRESSION)
 
 
@@ -354,31 +335,35 @@ def _tables(
         key = (cell.pruner, cell.keep, cell.seed)
         if key not in made:
             made[key] = _choose(run, encoded, rows, cell)
-        selections, image_ids, of_row = made[key]
+        chosen, image_ids, of_row = made[key]
         truths = _truths(model, rows) if reads_truth(cell.ids) else {}
         wanted = {row: (number, truths.get(row)) for row, number in of_row.items()}
         uses = {one: at for at, one in enumerate(dict.fromkeys(wanted.values()))}  # a selection, as one truth has it
         of_row = {row: uses[one] for row, one in wanted.items()}
-        image_ids = [image_ids[number] for number, _ in uses]
-        placed = [
-            _place(selections[number], unpruned[i], cell, image_seed(cell.seed, i), truth)
-            for (number, truth), i in zip(uses, image_ids)
-        ]
+        shown = []
+        for number, truth in uses:
+            (selection, drops), image_id = chosen[number], image_ids[number]
+            seed = image_seed(cell.seed, image_id)
+            # What is dropped inside the decoder is put in order there.
+            first = selection if drops else reorder(selection, cell.order, seed)
+            shown.append(stages.Shown(first, unpruned[image_id], seed, drops, truth))
 
-        def answer(part: list[Any], placed=placed, image_ids=image_ids, of_row=of_row) -> dict[str, Any]:
-            numbers = [of_row[row] for row in part]
-            tokens = _answer(model, [prompts[e] for e in rows["expression"][part]], placed, numbers, run.state.draft)
+        def answer(part: list[Any], cell=cell, shown=shown, of_row=of_row) -> dict[str, Any]:
+            numbers, asked = [of_row[row] for row in part], [prompts[e] for e in rows["expression"][part]]
+            *prefilled, read = stages.prefill(model, asked, shown, numbers, cell.ids, cell.order)
+            tokens = continued(model, *prefilled, run.state.draft)
             run.state.tokens += sum(len(one) for one in tokens if one is not None)
             raw, error = texts(model, tokens)
             return dict(
                 raw=raw,
-                tokens=[float(len(placed[number][0])) for number in numbers],
-                tokens_full=[float(len(unpruned[image_ids[number]].visual)) for number in numbers],
+                tokens=[stages.layer_mean(one, len(model.decoder.layers)) for one in read],
+                tokens_full=[float(len(shown[number].unpruned.visual)) for number in numbers],
+                layer_tokens=[stages.layer_text(one) for one in read],
                 error=error,
             )
 
         # Batches of similar length; stable, so that the rows of an image stay together.
-        todo = sorted(of_row, key=lambda row: len(placed[of_row[row]][0]))
+        todo = sorted(of_row, key=lambda row: len(shown[of_row[row]].selection.origin))
         yield cell, _table(run, rows, errors, cell, todo, answer)
 
 
@@ -397,7 +382,12 @@ def _tables_by_generate(
             image_ids = rows["image_id"][part]
             seeds, shown = [image_seed(cell.seed, i) for i in image_ids], [images[i] for i in image_ids]
             said, done = model.answer(shown, list(rows["expression"][part]), message, cell, seeds)
-            return dict(raw=said, tokens=np.array(done.kept, float), tokens_full=np.array(done.full, float))
+            return dict(
+                raw=said,
+                tokens=np.array(done.kept, float),
+                tokens_full=np.array(done.full, float),
+                layer_tokens=[stages.layer_text(one) for one in done.read],
+            )
 
         todo = [row for row, image_id in rows["image_id"].items() if image_id in images]
         yield cell, _table(run, rows, errors, cell, todo, answer)
@@ -424,7 +414,10 @@ def _check_model(
     unpruned = _blank(model).unpruned
     for ids in dict.fromkeys(c.ids for c in grid):
         try:
-            assign(torch.zeros(1, dtype=torch.int64, device=unpruned.visual.device), unpruned, ids, 0, *truths)
+            for layer, one in by_layer(ids):
+                assign(torch.zeros(1, dtype=torch.int64, device=unpruned.visual.device), unpruned, one, 0, *truths)
+                if layer >= (depth := len(model.decoder.layers)):
+                    raise ValueError(f"the decoder has the layers 0 to {depth - 1}")
         except ValueError as error:
             raise ValueError(f"IDs {ids!r} cannot be given on {model.name}: {error}") from error
     return by_text

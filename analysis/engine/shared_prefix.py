@@ -23,8 +23,9 @@ LONG = 64
 class SharedPrefix(NamedTuple):
     """M prefixes of at most C tokens, and the B sequences that continue them.
 
-    cache: keys and values [M, H, C, d] of each layer; mask: [M, 1, 1, C], additive, lowest for padding; owner: [B]
-    int64, the prefix that each sequence continues; slots: [M, E] the sequences of each prefix, filled up with 0; place:
+    cache: keys and values [M, H, C, d] of each layer, or of some, which alone read the prefixes; mask: [M, 1, 1, C],
+    additive, lowest for padding; owner: [B] int64, the prefix that each sequence continues; slots: [M, E] the sequences
+    of each prefix, filled up with 0; place:
     [B], where a sequence stands among the M * E slots; even: whether that is where it stands anyway, E for each prefix,
     so that nothing is gathered (in every layer and step, where a GPU waits for kernels more than for their work).
     """
@@ -47,6 +48,10 @@ class SharedPrefix(NamedTuple):
         place = torch.empty_like(owner).scatter(0, order, owner[order] * slots.shape[1] + first)
         even = slots.numel() == len(owner) and bool((place == torch.arange(len(owner), device=owner.device)).all())
         return cls(cache, mask, owner, slots, place, even)
+
+    def held(self, layer: int) -> bool:
+        """Whether this layer has keys and values of the prefixes."""
+        return layer < len(self.cache.layers) and self.cache.layers[layer].is_initialized
 
     def take(self, index: Tensor) -> SharedPrefix:
         """The same prefixes, continued by the sequences `index`, which may repeat."""
@@ -78,6 +83,7 @@ def attend(
     query: [B, H, Q, d]; key, value: [B, H', L, d], a sequence's own; attention_mask: [B, 1, Q, L], additive, for those.
     Returns [B, Q, H, d] and, unless a fused kernel did it, the attention [B, H, Q, C + L], shared prefixes first.
     """
+    shared_prefixes = [one for one in shared_prefixes if one.held(module.layer_idx)]
     if not shared_prefixes:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **others)
     layers = [one.cache.layers[module.layer_idx] for one in shared_prefixes]

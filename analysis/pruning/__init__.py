@@ -2,9 +2,12 @@
 
 A method selects tokens and fixes the order it emits them in; IDs are given later, by `analysis.positions`. Its file has
 prune(visual, keep, *, seeds, **options), and where the method ranks single tokens score(visual, *, seeds, **options).
+One that drops tokens inside the decoder has stages(visual, depth, keep, **options) instead (`pruning.inside`).
 
 A specification is name[:option=value[,option=value]], as in "trim:anchor=last"; the options of a method are the
-keywords of its `prune` that have defaults. "path/to/file.py:function[:options]" names a method outside this package.
+keywords of its function that have defaults. "path/to/file.py:function[:options]" names a method outside this package.
+Every method that only selects has the option "inside" besides: "random:inside=2" drops its tokens not before the
+decoder, but before the decoder's layer 2 (counted from 0).
 
 This module imports no method before it is asked for, so that what only needs their names and labels stays light.
 """
@@ -36,10 +39,11 @@ __all__ = ["PRUNERS", "Method", "Pruner", "all_pruners", "budget", "pruner"]
 # keep: share of the tokens that the decoder still reads, synthetic ones included; None: the method decides itself.
 # seeds: one int per image, so that a result does not depend on how images are batched.
 Pruner = Callable[..., "list[Selection]"]
+INSIDE = "stages"  # the function of a method that drops tokens inside the decoder
 
 
 def _options(function: Callable) -> dict[str, Any]:
-    """Keywords of a `prune` or a `score` that a specification may set."""
+    """Keywords of a method's function or a `score` that a specification may set."""
     known = signature(function).parameters.values()
     return {p.name: p for p in known if p.kind is p.KEYWORD_ONLY and p.name != "seeds"}
 
@@ -59,12 +63,13 @@ def _run_file(path: str, changed: int) -> Any:
 
 @dataclass(frozen=True)
 class Method:
-    """A pruning method with some of its options set; called, it prunes.
+    """A pruning method with some of its options set; called, it prunes before the decoder.
 
     label: its name in figures and tables; module: its module in this package, or the path of a .py file; options: by
     name; function: what prunes in that module; upstream: the IDs that its authors' public code gives, as a
     specification (analysis/upstream_ids.csv says where they were read), None where there is no such code;
-    truth: whether it reads the ground truth, and so is no method.
+    truth: whether it reads the ground truth, and so is no method; layer: the decoder's first layer that reads only what
+    is kept.
     """
 
     label: str
@@ -73,6 +78,7 @@ class Method:
     function: str = "prune"
     upstream: str | None = None
     truth: bool = False
+    layer: int = 0
 
     def _module(self) -> Any:
         return _of_file(self.module) if self.module.endswith(".py") else import_module(f"{__name__}.{self.module}")
@@ -81,9 +87,19 @@ class Method:
     def prune(self) -> Pruner:
         return getattr(self._module(), self.function)
 
+    @property
+    def inside(self) -> bool:
+        """Whether it drops tokens inside the decoder."""
+        return self.function == INSIDE or self.layer > 0
+
     def __call__(
         self, visual: VisualTokens, keep: float | None, *, seeds: Sequence[int] = (), **options: Any
     ) -> list[Selection]:
+        if self.inside:
+            raise ValueError(
+                f"{self.label} drops tokens inside the decoder, which only `evaluate` and `pruned` do; here a method "
+                "is needed that prunes before it"
+            )
         return self.prune(visual, keep, seeds=seeds, **{**self.options, **options})
 
     @property
@@ -116,14 +132,20 @@ PRUNERS: dict[str, Method] = {
     "cdpruner": Method("CDPruner", "cdpruner", upstream="compact"),
     "holov": Method("HoloV", "holov", upstream="compact"),
     "dart": Method("DART", "dart", upstream="original"),
+    "fastv": Method("FastV", "fastv", function=INSIDE, upstream="original"),
+    "pyramiddrop": Method("PyramidDrop", "pyramiddrop", function=INSIDE, upstream="compact"),
+    "sparsevlm": Method("SparseVLM", "sparsevlm", function=INSIDE, upstream="compact"),
+    "sparsevlm+": Method("SparseVLM+", "sparsevlm", {"plus": True}, function=INSIDE, upstream="original"),
+    "feather": Method("FEATHER", "feather", function=INSIDE, upstream="original"),
     "oracle": Method("target first (ground truth)", "oracle", truth=True),
     "anti_oracle": Method("target last (ground truth)", "oracle", {"last": True}, truth=True),
 }
 
 
-def all_pruners() -> list[str]:
-    """Every method by name, without "none" and what reads the ground truth."""
-    return [name for name, method in PRUNERS.items() if name != "none" and not method.truth]
+def all_pruners(inside: bool = True) -> list[str]:
+    """Every method by name, without "none" and what reads the ground truth; inside: with those that drop tokens inside
+    the decoder."""
+    return [n for n, one in PRUNERS.items() if n != "none" and not one.truth and (inside or not one.inside)]
 
 
 def _outside(spec: str) -> tuple[str, Method, str]:
@@ -150,17 +172,24 @@ def pruner(spec: str) -> Method:
         name, _, written = spec.partition(":")
         method = pick(PRUNERS, name, "pruner")
     valid, options = _options(method.prune), {}
+    places = not method.inside and name != "none"
     for part in written.split(",") if written else ():
         option, equals, value = part.partition("=")
         if not equals:
             raise ValueError(f"an option is written option=value, got {part!r} in {spec!r}")
-        if not valid:
+        known = [*valid, "inside"] if places else [*valid]
+        if not known:
             raise ValueError(f"pruner {name!r} takes no options, got {spec!r}")
-        pick(valid, option, f"option of pruner {name!r}")
+        pick(dict.fromkeys(known), option, f"option of pruner {name!r}")
         if option in options:
             raise ValueError(f"option {option!r} stands twice in {spec!r:.100}")
         try:
             options[option] = yaml.safe_load(value)
         except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
             raise ValueError(f"option {option!r} in {spec!r:.100} has a value that cannot be read: {error}") from error
-    return replace(method, options={**method.options, **options})
+    layer = options.pop("inside", 0) if places else 0
+    if not isinstance(layer, int) or isinstance(layer, bool) or layer < 0:
+        raise ValueError(
+            f"option inside is the number of a layer of the decoder, from 0, got {layer!r} in {spec!r:.100}"
+        )
+    return replace(method, options={**method.options, **options}, layer=layer)

@@ -1,15 +1,17 @@
-"""Pruning whole images: newlines and tiles, which methods do not know of."""
+"""Pruning whole images: newlines and tiles, which methods do not know of, and where in the decoder it happens."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from analysis.pruning import Pruner
-from analysis.types import Selection, VisualTokens
+from analysis.pruning import PRUNERS, Pruner
+from analysis.types import Look, Selection, Stage, VisualTokens
 
 
 def _with_newlines(selection: Selection, columns: int, newline: Tensor) -> Selection:
@@ -110,3 +112,34 @@ def prune_images(prune: Pruner, visual: VisualTokens, keep: float | None, seeds:
         )
         for a, b in zip(made, closer)
     ]
+
+
+def _chosen(look: Look, origin: Tensor) -> Selection:
+    """The tokens `origin` [k] of those that are there, in this order."""
+    return look.take((look.origin == origin[:, None]).long().argmax(dim=1))
+
+
+def staged_images(
+    prune: Pruner, visual: VisualTokens, keep: float | None, seeds: Sequence[int], layers: int
+) -> list[tuple[Selection, list[Stage]]]:
+    """For each image what the decoder's first layer reads, and what is dropped on the way through its `layers` layers.
+
+    Raises what the method raises, ValueError as `checked`, for a stage at a layer that is not there, and where a method
+    that merges tokens is to do so inside the decoder.
+    """
+    if not getattr(prune, "inside", False):
+        return [(selection, []) for selection in prune_images(prune, visual, keep, seeds)]
+    whole = prune_images(PRUNERS["none"], visual, None, seeds)
+    if prune.layer:
+        made = prune_images(replace(prune, layer=0), visual, keep, seeds)
+        for one, full in zip(made, whole):
+            if one.synthetic.any() or not torch.equal(one.features, full.features[one.origin]):
+                raise ValueError(
+                    f"{prune.label} merges tokens, which it can only do before the decoder; leave out the option inside"
+                )
+        staged = [[Stage(prune.layer, partial(_chosen, origin=one.origin))] for one in made]
+    else:
+        staged = [prune.prune(visual, layers, keep, **prune.options)] * len(whole)
+    if beyond := [stage.layer for stages in staged for stage in stages if not 0 <= stage.layer < layers]:
+        raise ValueError(f"the decoder has the layers 0 to {layers - 1}, so {prune.label} cannot drop at {beyond[0]}")
+    return list(zip(whole, staged))
