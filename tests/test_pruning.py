@@ -75,6 +75,22 @@ def test_random_depends_on_the_seed_alone():
         PRUNERS["random"](tokens, 0.5, seeds=[0, 1])
 
 
+def test_what_is_ranked_can_be_emitted_either_way():
+    """The option emit of every method that is only a score; its score does not change with it."""
+    for name in ("random", "fastervlm", "cls_similarity", "text_similarity", "oracle"):
+        tokens = visual(2)
+        made = {
+            e: [one.origin.tolist() for one in pruner(f"{name}:emit={e}")(tokens, 0.4, seeds=[5, 6])]
+            for e in ("score", "raster")
+        }
+        scores = pruner(f"{name}:emit=score").score(tokens, [5, 6])
+        for ranked, raster, score in zip(made["score"], made["raster"], scores):
+            assert ranked != raster == sorted(ranked)
+            assert ranked == sorted(ranked, key=lambda i: (-float(score[i]), i))
+    with pytest.raises(ValueError, match="value of option emit"):
+        pruner("random:emit=best")(visual(), 0.5, seeds=[0, 1, 2])
+
+
 def test_random_is_uniform():
     counts = torch.zeros(24)
     for seed in range(400):

@@ -327,6 +327,10 @@ def test_images_stay_shared_while_their_prompts_keep_the_same():
 
 
 def test_the_order_of_what_is_kept_begins_at_its_stage():
+    ranked, raster = engine("fastv:emit=score", 0, "original"), engine("fastv", 0, "original")
+    kept = [[origins for _, origins in one[2]] for one in (ranked, raster)]
+    assert kept[0] != kept[1] == [tuple(sorted(origins)) for origins in kept[0]]
+    assert ranked[0] != raster[0] and engine("fastv:emit=score", 0, "original", order="raster")[0] == raster[0]
     shuffled = engine("fastv", 0, "original", order="shuffled")
     assert shuffled[0] != engine("fastv", 0, "original")[0]
     plain, again = engine("none", 0, "original"), engine("none", 0, "original", order="shuffled")

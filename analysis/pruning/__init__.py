@@ -109,9 +109,10 @@ class Method:
         None where it has none, or where an option is set that the score does not know: then more than it decides.
         """
         score = getattr(self._module(), "score", None) if self.function == "prune" else None
-        if score is None or not self.options.keys() <= _options(score).keys():
+        options = {name: value for name, value in self.options.items() if name != "emit"}  # which ranks nothing
+        if score is None or not options.keys() <= _options(score).keys():
             return None
-        return lambda visual, seeds: score(visual, seeds=seeds, **self.options)
+        return lambda visual, seeds: score(visual, seeds=seeds, **options)
 
 
 # The names of methods, in the order of tables. "all" in a grid stands for all but the first and what reads the truth.

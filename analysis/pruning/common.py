@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import wraps
+from inspect import Parameter, signature
 
 import torch
 from torch import Tensor
@@ -46,17 +47,29 @@ def ranking(scores: Tensor) -> Tensor:
 def top_k(score: Callable[..., Tensor], emit: str) -> Callable[..., list[Selection]]:
     """The `prune` of a method that is only a score: it keeps the k tokens that `score` ranks first.
 
-    score(visual, *, seeds, **options) -> [B, N], higher is kept first, ties go to the lower raster index. emit:
-    "score", best first, or "raster". The options are the score's; ValueError on a bad keep ratio.
+    score(visual, *, seeds, **options) -> [B, N], higher is kept first, ties go to the lower raster index. emit: the
+    order, "score", best first, or "raster", unless the option emit says otherwise. The other options are the score's;
+    ValueError on a bad keep ratio or order.
     """
+    given = emit
 
-    @wraps(score)  # its keywords are the method's options
-    def prune(visual: VisualTokens, keep: float | None, *, seeds: Sequence[int] = (), **options) -> list[Selection]:
+    @wraps(score)
+    def prune(
+        visual: VisualTokens, keep: float | None, *, seeds: Sequence[int] = (), emit: str = given, **options
+    ) -> list[Selection]:
         k = budget(keep, visual.features.shape[1])
         best = ranking(score(visual, seeds=seeds, **options))[:, :k]
-        return kept(visual.features, best if emit == "score" else best.sort(dim=1).values)
+        return kept(visual.features, best if by_score(emit) else best.sort(dim=1).values)
 
+    own = signature(score)  # its keywords are the method's options
+    option = Parameter("emit", Parameter.KEYWORD_ONLY, default=given)
+    prune.__signature__ = own.replace(parameters=[*own.parameters.values(), option])
     return prune
+
+
+def by_score(emit: str) -> bool:
+    """Whether the option emit asks for the best first. Raises ValueError on an unknown order."""
+    return pick({"score": True, "raster": False}, str(emit), "value of option emit")
 
 
 def outliers(scores: Tensor) -> Tensor:

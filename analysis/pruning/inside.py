@@ -17,9 +17,11 @@ from analysis.pruning.common import ranking
 from analysis.types import Look, Selection
 
 
-def best(look: Look, scores: Tensor, k: int) -> Selection:
-    """The k tokens of the highest scores [K], in the order they are in; ties go to the one that stands first."""
-    return look.take(ranking(scores[None])[0, :k].sort().values)
+def best(look: Look, scores: Tensor, k: int, ranked: bool = False) -> Selection:
+    """The k tokens of the highest scores [K], ties go to the one that stands first; ranked: the best first, else in the
+    order that they are in."""
+    order = ranking(scores[None])[0, :k]
+    return look.take(order if ranked else order.sort().values)
 
 
 def depths(published: Sequence[int], depth: int, given: str | int | None) -> list[int]:

@@ -6,7 +6,7 @@ Score: attention of the question's last token by the queries and keys of the lay
 Selection: keep^(1/3), keep^(2/3) and keep of all tokens, the highest scores; ties go to the lower raster index. The
   paper's shares .5, .25 and .125 are those of keep = .125.
   Option layers: where, as in 8+16+24 (the paper's, of 32). Option rope: false leaves the rotation out of the score.
-Order emitted: raster.
+Order emitted: raster; by score with the option emit=score.
 Upstream IDs: compact, anew at each stage, while decoding too; LightCompress's port decodes with original ones.
 """
 
@@ -15,18 +15,24 @@ from __future__ import annotations
 from functools import partial
 
 from analysis.pruning._budget import budget
-from analysis.pruning.common import flag
+from analysis.pruning.common import by_score, flag
 from analysis.pruning.fastv import select
 from analysis.pruning.inside import depths, shrinking
 from analysis.types import Attention, Stage, VisualTokens
 
 
 def stages(
-    visual: VisualTokens, depth: int, keep: float | None, *, layers: str | int | None = None, rope: bool = True
+    visual: VisualTokens,
+    depth: int,
+    keep: float | None,
+    *,
+    layers: str | int | None = None,
+    rope: bool = True,
+    emit: str = "raster",
 ) -> list[Stage]:
     """A stage at each layer. Raises ValueError on a bad keep ratio or option."""
-    at, rope = depths((8, 16, 24), depth, layers), flag(rope, "rope")
+    at, rope, ranked = depths((8, 16, 24), depth, layers), flag(rope, "rope"), by_score(emit)
     return [
-        Stage(layer, partial(select, k=budget(share, visual.length)), Attention(layer, rope=rope))
+        Stage(layer, partial(select, k=budget(share, visual.length), ranked=ranked), Attention(layer, rope=rope))
         for layer, share in zip(at, shrinking(keep, len(at)))
     ]
