@@ -262,3 +262,16 @@ def retained(full: ArrayLike, pruned: ArrayLike, clusters: ArrayLike, level: flo
 def fdr(p_values: ArrayLike) -> NDArray:
     """p values adjusted for the false discovery rate (Benjamini-Hochberg 1995), in the given order."""
     return stats.false_discovery_control(p_values)
+
+
+def over_seeds(values: ArrayLike, level: float = 0.95) -> dict[str, float]:
+    """Mean of training runs' values with Student's t interval: mean, low, high and seeds, the number of runs.
+
+    Runs are the units, whatever each was measured on. Below three runs the interval says nothing, and is NaN.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    mean, count = float(values.mean()), len(values)
+    half = np.nan
+    if count >= 3:
+        half = float(stats.t.ppf((1 + level) / 2, count - 1) * values.std(ddof=1) / np.sqrt(count))
+    return dict(mean=mean, low=mean - half, high=mean + half, seeds=count)

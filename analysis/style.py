@@ -27,6 +27,7 @@ from matplotlib.transforms import ScaledTranslation
 from pandas.io.formats.style import Styler
 
 from analysis import ROOT, pruning, results
+from analysis.stats import over_seeds
 from analysis.tables import aligned, latex, tabular
 
 PAGE, COLUMN = 7.0, 3.3  # inches: the text width of most two-column papers, and one of its columns
@@ -338,6 +339,19 @@ def legend_below(ax: plt.Axes, columns: int = 1, **look: Any) -> None:
     below = ax.transAxes + ScaledTranslation(0, -down / 72, ax.figure.dpi_scale_trans)
     looks = dict(handletextpad=0.4, columnspacing=1.0, borderaxespad=0, labelspacing=0.3) | look
     ax.legend(loc="upper center", bbox_to_anchor=(0.5, 0), bbox_transform=below, ncols=columns, **looks)
+
+
+def seed_points(ax: plt.Axes, place: float, values: Sequence[float], colour: str, **look: Any) -> None:
+    """Training runs' shares in per cent: a dot for each run, their mean as a dash, and its interval over runs.
+
+    See `stats.over_seeds`; the interval is cut at 0 and 100 %, and below three runs there is none. look: of the dots.
+    """
+    told = {name: 100 * value for name, value in over_seeds(values).items()}
+    if not np.isnan(told["low"]):
+        ax.vlines(place, max(told["low"], 0), min(told["high"], 100), color=colour, lw=0.9)
+    ax.plot(place, told["mean"], marker="_", ms=7, mew=1.3, color=colour)
+    spread = place + np.linspace(-0.09, 0.09, len(values)) * (len(values) > 1)
+    ax.plot(spread, 100 * np.asarray(values), **dict(marker="o", ls="none", ms=2.4, mew=0.6, color=colour) | look)
 
 
 def spans(table: pd.DataFrame, value: str = "accuracy") -> list[pd.Series]:
