@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help paper report test test-fast fuzz bench gpu slurm-test setup lock clean
+.PHONY: help paper report test test-fast fuzz bench gpu slurm-test testbed-design setup lock clean
 
 help:  ## these lines
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/'
@@ -44,6 +44,9 @@ bench: .venv/ready  ## measure the engine: benchmarks/results.csv
 
 gpu: .venv/ready  ## measure the engine on a GPU, 7B sizes with random weights, in nine minutes: benchmarks/gpu.csv
 	$(BIN)/python benchmarks/gpu.py
+
+testbed-design: .venv/ready  ## train the models of figures 13 and A2 that are not in their rows yet, a minute of one core each
+	OMP_NUM_THREADS=1 $(BIN)/python -m analysis.training.testbed_design
 
 slurm-test: .venv/ready  ## prove profiles/slurm on the cluster's Slurm, or as root on one of this machine alone (Debian)
 	$(BIN)/python -m pip install --quiet --constraint requirements.lock --editable '.[slurm]'

@@ -345,7 +345,10 @@ def seed_points(ax: plt.Axes, place: float, values: Sequence[float], colour: str
     """Training runs' shares in per cent: a dot for each run, their mean as a dash, and its interval over runs.
 
     See `stats.over_seeds`; the interval is cut at 0 and 100 %, and below three runs there is none. look: of the dots.
+    Nothing is drawn of no values, as of a design that has not been run yet.
     """
+    if not len(values):
+        return
     told = {name: 100 * value for name, value in over_seeds(values).items()}
     if not np.isnan(told["low"]):
         ax.vlines(place, max(told["low"], 0), min(told["high"], 100), color=colour, lw=0.9)

@@ -133,8 +133,8 @@ def test_the_explorer_as_a_static_picture(model, tmp_path):
     assert any("original+cache" in out.get("data", {}).get("text/html", "") for out in outputs)
 
 
-@pytest.mark.parametrize("figure", ["figA_refstamps", "figB_testbed"])
-def test_a_figure_that_needs_no_rows(figure, tmp_path):
+@pytest.mark.parametrize("figure", ["fig13_unlearning", "figA_refstamps", "figA2_testbed_design", "figB_testbed"])
+def test_a_figure_of_what_the_project_ships(figure, tmp_path):
     draw(figure, FIGURE, {}, tmp_path)
 
 

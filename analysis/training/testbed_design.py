@@ -262,7 +262,7 @@ def trained(run: Run, seen: Tensor, asked: Blocks, tokenizer, args, watch=None) 
             loop.set_rate(optimizer, rate * min(1.0, rise) * fall)
             optimizer.step()
             optimizer.zero_grad()
-        lost.append(float(numbers["digit"]))
+        lost.append(numbers["digit"].item())
         if number % 20 == 0:
             bar.set_postfix(digit=round(float(np.mean(lost[-20:])), 3))
         if watch:
