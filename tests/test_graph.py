@@ -50,7 +50,18 @@ class Project:
             check=True,
         )
         for name in filter(None, listed.stdout.split("\0")):
-            wanted = name.endswith((".py", ".ipynb", ".yaml", "Snakefile", "config.json", "probe.csv", "/log.csv"))
+            wanted = name.endswith(
+                (
+                    ".py",
+                    ".ipynb",
+                    ".yaml",
+                    "Snakefile",
+                    "config.json",
+                    "probe.csv",
+                    "/log.csv",
+                    "testbed_design/rows.parquet",
+                )
+            )
             if wanted and not name.startswith("tests/") and (ROOT / name).is_file():
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 (folder / name).write_bytes((ROOT / name).read_bytes())
