@@ -16,7 +16,7 @@ so that a run that is cut off still counts. A step that fails says so in one lin
   rows      tiny-llava's answers on this device in float32, bfloat16 and float16 against the CPU's in float32
   tests     pytest -m gpu, at the same time as `rows`
   flash     the flash kernels under IDs that have gaps: right, wrong or refused
-  fastv     pruning inside the decoder, where this version has it
+  fastv     pruning inside the decoder against pruning before it, at as many tokens a layer on average
   qwen      the same prefills, and the engine alone, for Qwen2.5-VL-7B with random weights and 576 tokens
   train     the command given with --train, for what is left of the time
 
@@ -86,7 +86,7 @@ from analysis.engine.decode import prefill
 from analysis.engine.evaluate import cells, evaluate, image_seed
 from analysis.models import clip
 from analysis.models.base import ATTENTION
-from analysis.pruning import PRUNERS, pruner
+from analysis.pruning import pruner
 from analysis.pruning.images import prune_images
 from analysis.rec import datasets
 from analysis.rec.boxes import BOX_FORMATS
@@ -774,17 +774,18 @@ class Bench:
 
     def fastv(self) -> None:
         model, size = self._model(), self.size
-        names = [name for name in PRUNERS if name.startswith("fastv")]
-        if not names:
-            self.report.add("fastv_time", None, "", "this version has no FastV")
-            return
-        data = scenes(model, size, size["images"], False)
-        grid = cells(names[:1], 0.25, ids="original")
-        times = {}
+        data, depth = scenes(model, size, size["images"], False), len(model.decoder.layers)
+        layer = min(2, depth - 1)
+        average = round((layer + (depth - layer) * 0.25) / depth, 4)  # of the tokens that a layer reads
+        grid, before, times = (
+            cells(f"fastv:layer={layer}", 0.25, ids="original"),
+            cells("random", average, ids="original"),
+            {},
+        )
         for _ in range(2):  # the first warms up
-            for name, chosen in (("fastv", grid), ("before", [GAP])):
+            for name, chosen in (("fastv", grid), ("before", before)):
                 times[name] = timed(self.device, lambda chosen=chosen: run_engine(model, data, chosen, len(data.rows)))
-        note = f"{names[0]}, a quarter kept; before the decoder {times['before']:.2f} s"
+        note = f"a quarter from layer {layer} on; {average:.0%} before the decoder take {times['before']:.2f} s"
         self.report.add("fastv_time", times["fastv"] / times["before"], "of pruning before the decoder, engine", note)
 
     def qwen(self) -> None:

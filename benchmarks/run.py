@@ -7,6 +7,8 @@
 (c) the speed-up of a pruned prefill as a share of what its FLOPs promise
 (d) how the time of an evaluation grows with images and cells, that of a prefill with tokens and batch: log-log slopes
 (e) matrix products per second in the prefill, as a share of what one large product reaches on this machine
+(f) FastV in the engine against pruning before the decoder at as many tokens a layer on average (a random selection of
+    that many), and against `hf.pruned` and `generate` for one expression at a time
 
 Writes benchmarks/results.csv. Times on a shared machine drift, so what is compared takes turns; medians over the turns,
 with the quartiles beside them.
@@ -47,6 +49,7 @@ GOALS = {
     "speedup_share": ">= 0.85 on a GPU at 576 tokens",
     "slope_images": "1",
     "slope_cells": "< 1",
+    "fastv": "<= 1.15",
 }
 
 
@@ -153,6 +156,22 @@ def bench(model: models.Model, images: int, turns: int, batch: int) -> pd.DataFr
                 ratios.append(slow / fast)
                 same.append(np.mean([a == b for a, b in zip(answers["door"], answers["engine"], strict=True)]))
             fewer = [flops(lambda who=who: engine(who, small, grid, 32)) for who in (door, model)]
+            inside, depth = cells("fastv", 0.25, ids="original"), len(model.decoder.layers)
+            before = cells("random", round((2 + (depth - 2) * 0.25) / depth, 4), ids="original")
+            times = {"fastv": [], "fastv_loop": []}
+            for _ in tqdm(range(turns // 20), desc="(f) FastV"):
+                mine = timed(model, lambda: engine(model, data, inside, batch))
+                times["fastv"].append(mine / timed(model, lambda: engine(model, data, before, batch)))
+                alone = timed(model, lambda: engine(door, small, inside, 1))
+                times["fastv_loop"].append(alone / len(small.rows) / (mine / len(data.rows)))
+        share = before[0].keep
+        unit = f"FastV, a quarter from layer 2 on / {share:.0%} of the tokens before the decoder, time in the engine"
+        add("fastv", unit, **spread(times["fastv"]))
+        add(
+            "fastv_loop",
+            "times faster than FastV by pruned and generate, an expression at a time",
+            **spread(times["fastv_loop"]),
+        )
         unit = (
             f"times faster than pruned and generate, both at batch 32, {len(grid)} cells, {len(few.rows)} expressions"
         )

@@ -153,7 +153,7 @@ def test_signals_of_strips(case):
 
 
 @pytest.mark.parametrize("case", [("minigpt_v2", None)], indirect=True, ids=["minigpt_v2"])
-@pytest.mark.parametrize("name", ["none", *all_pruners()])
+@pytest.mark.parametrize("name", ["none", *all_pruners(inside=False)])
 def test_pruners_that_read_no_text_run_on_strips(case, name):
     if name.split(":")[0] in ("text_similarity", "trim", "cdpruner"):
         with pytest.raises(AttributeError, match=r"no signal 'clip_(text|prompt)'; it offers: cls, cls_attention"):

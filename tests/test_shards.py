@@ -149,12 +149,8 @@ def test_the_graph_merges_shards_and_has_none_by_default():
 
 def test_the_draft_is_the_form_of_a_box_and_the_same_in_shards(tiny, tmp_path, monkeypatch):
     """What is tried ahead moves the last bit of the logits: it may not depend on what was answered before."""
-    drafts, greedy = [], evaluation.greedy
-    monkeypatch.setattr(
-        evaluation,
-        "greedy",
-        lambda *given, draft, **more: (drafts.append(tuple(draft)), greedy(*given, draft=draft, **more))[1],
-    )
+    drafts, continued = [], evaluation.continued
+    monkeypatch.setattr(evaluation, "continued", lambda *given: (drafts.append(tuple(given[-1])), continued(*given))[1])
     run(tiny, tmp_path / "whole.parquet", GRID[:3], batch_size=2)
     whole, drafts[:] = list(drafts), []
     for number in range(1, 7):
