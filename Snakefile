@@ -21,6 +21,7 @@ import yaml
 sys.path.insert(0, workflow.basedir)  # this project's code, whatever else is installed
 from analysis import params as notebooks
 from analysis import keys, results
+from analysis.pruning import all_pruners
 
 RUNS = "papermill_runs"
 RECS, REALS, LOOKED, SUMMARIES = (f"{RUNS}/{name}" for name in
@@ -88,9 +89,10 @@ def settings(key):
 
 
 def pruners(given):
-    """The methods that settings name, in a grid or alone."""
+    """The methods that settings name, in a grid or alone; "all" stands for every one but none."""
     named = [part.get("pruner", "none") for part in given.get("grid") or [given]]
-    return sorted({spec for one in named for spec in ([one] if isinstance(one, str) else one)})
+    named = {spec for one in named for spec in ([one] if isinstance(one, str) else one)}
+    return sorted(named - {"all"} | set(all_pruners() if "all" in named else ()))
 
 
 def rec_key(wildcards):

@@ -43,16 +43,40 @@ COLOURS = {
     "soft": "#009E73",
     "other": "#56B4E9",
 }
-LABELS = {"compact": "compact IDs (as pruners do)", "original": "original IDs (GAP)"}
-IDS = {"compact": "upstream", "original": "GAP"}  # the same in a table's column
+LABELS = {"compact": "compact IDs (numbered anew)", "original": "original IDs (GAP)"}
+IDS = {"compact": "compact", "original": "GAP"}  # the same in a table's column
 MARKS = {  # what a table's marks mean, for its note
-    "ids": "upstream: kept tokens are numbered as the published code does it (compact IDs); GAP: each keeps its own ID",
+    "ids": "compact: kept tokens are numbered anew, as they come; GAP: each keeps its own ID",
+    "°": "°: the IDs that the authors' public code gives (Table 9); no mark where there is no such code",
     "±": "±: distance to the farther end of the 95 % interval; an interval ends at 0 and at 100",
     "bold": "bold: the better of a method's two",
-    "*": "* and v: GAP is better (*) or worse (v) than upstream at a false discovery rate of 5 % over the whole table, "
-    "paired by expression, sign-flip test over images",
+    "*": "* and v: GAP is better (*) or worse (v) than compact IDs at a false discovery rate of 5 % over the whole "
+    "table, paired by expression, sign-flip test over images",
     "†": "†: quoted from memory, not checked against the paper",
 }
+SORT = """\
+<script>
+// A click on a column's head, or Enter, sorts by it; once more turns the order. What is equal keeps its order.
+for (const head of document.querySelectorAll("th.index_name, th.col_heading.level%d")) {
+  const value = row => {
+    const text = row.cells[head.cellIndex].textContent.replace("−", "-").trim(), number = parseFloat(text);
+    return isNaN(number) ? text : number;
+  };
+  const sort = () => {
+    const body = head.closest("table").tBodies[0], rows = [...body.rows], before = head.ariaSort;
+    const full = rows.filter(row => value(row) !== ""), numbers = typeof value(full[0] || rows[0]) === "number";
+    const turn = (before ? before === "descending" : !numbers) ? 1 : -1;
+    full.sort((a, b) => turn * (value(a) > value(b) ? 1 : value(a) < value(b) ? -1 : 0));
+    body.append(...full, ...rows.filter(row => value(row) === ""));
+    document.querySelectorAll("[aria-sort]").forEach(other => other.removeAttribute("aria-sort"));
+    head.ariaSort = turn > 0 ? "ascending" : "descending";
+  };
+  head.tabIndex = 0;
+  head.onclick = sort;
+  head.onkeydown = event => event.key === "Enter" && sort();
+}
+</script>
+"""
 PRUNERS = {name: method.label for name, method in pruning.PRUNERS.items()}
 
 
@@ -222,13 +246,15 @@ class Page:
         bold: pd.DataFrame | None = None,
         groups: bool = False,
         gap: float = 3,
+        sortable: bool = False,
     ) -> Styler:
         """Write figures/<name>.tex (to \\input, needs booktabs), .html and .csv, and the caption as a figure's.
 
         shown: text cells as they are to be read, missing ones empty; tidy: the numbers behind them, for the .csv;
         caption: its sentences, the first of which is the HTML's title; note: what marks mean, below the table; bold:
         which cells of shown are best; groups: the first index level heads its rows, in LaTeX; gap: points between
-        columns there. What LaTeX and HTML take for code is escaped. Returns the table for a notebook to display.
+        columns there; sortable: the HTML sorts by the column whose head is clicked. What LaTeX and HTML take for code
+        is escaped. Returns the table for a notebook to display.
         """
         shown = shown.fillna("").map(str)
         bold = pd.DataFrame(False, shown.index, shown.columns) if bold is None else bold
@@ -244,12 +270,19 @@ class Page:
             ("th", "padding: 1px 8px; text-align: left; vertical-align: top"),
             ("caption", "text-align: left; max-width: 60em"),
         ]
+        if sortable:
+            looks += [
+                ("th[tabindex]", "cursor: pointer"),
+                ("th[aria-sort=ascending]::after", 'content: " ▲"'),
+                ("th[aria-sort=descending]::after", 'content: " ▼"'),
+            ]
         table = table.set_table_styles([dict(selector=name, props=look) for name, look in looks])
         table = table.set_caption(escape(text) + f"<br><small>{escape(below)}</small>" * bool(below))
         title, made = (escape(part) for part in (caption[0] if caption else self.name, self._made))
         (folder / f"{self.name}.html").write_text(
             f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'
-            f'<meta name="source" content="{made}">\n</head>\n<body>\n{table.to_html()}</body>\n</html>\n'
+            f'<meta name="source" content="{made}">\n</head>\n<body>\n{table.to_html(sparse_index=not sortable)}'
+            f"{SORT % (shown.columns.nlevels - 1) if sortable else ''}</body>\n</html>\n"
         )
         write_csv(folder / f"{self.name}.csv", tidy)
         return table

@@ -22,6 +22,7 @@ _TEX = {
     "≤": r"$\leq$",
     "²": r"\textsuperscript{2}",
     "†": r"\dag{}",
+    "°": r"\textdegree{}",
     "–": "--",
     "−": "$-$",
     "“": "``",

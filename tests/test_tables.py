@@ -46,6 +46,32 @@ def test_a_table_is_escaped_in_each_form_and_only_a_smoke_run_is_stamped(tmp_pat
     assert all("SMOKE TEST" in text for text in stamped[:2])
 
 
+@pytest.mark.parametrize(
+    "clicks, order",
+    [
+        (["th.index_name.level0"], "a m n p"),
+        (["th.col_heading.level1.col0"], "p a m n"),  # the largest number first, what is empty last
+        (["th.col_heading.level1.col1"] * 2, "m n p a"),
+        (["th.index_name.level0", "th.col_heading.level1.col2"], "a m n p"),  # what is equal keeps its order
+    ],
+)
+def test_a_click_on_a_column_s_head_sorts_by_it(clicks, order, tmp_path, monkeypatch):
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no chromium on this machine; Debian: apt-get install chromium")
+    index = pd.MultiIndex.from_tuples([("m", "0"), ("p", "1"), ("n", ""), ("a", "")], names=["method", "k"])
+    columns = pd.MultiIndex.from_tuples([("x", "one"), ("x", "two"), ("y", "three")])
+    cells = [["1 ±3", "−20.1", "1"], ["20.5 ±2*", "3", "0"], ["", "−1", "1"], ["9", "4", "1"]]
+    saved(tmp_path, monkeypatch, pd.DataFrame(cells, index, columns))
+    assert "<script>" not in (tmp_path / "t.html").read_text()
+    html = saved(tmp_path, monkeypatch, pd.DataFrame(cells, index, columns), sortable=True)[1]
+    clicked = "".join(f"document.querySelector('{head}').click();" for head in clicks)
+    (tmp_path / "t.html").write_text(html.replace("</body>", f"<script>{clicked}</script></body>"))
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", f"file://{tmp_path}/t.html"]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
+    assert re.findall(r'class="row_heading level0[^>]*>(\w)</th>', dom) == order.split()
+
+
 def test_numbers_stand_under_numbers():
     wide = {"\u2007": 1.0, "\u2008": 0.5, "\u2009": 1.5, "+": 1.5, "−": 1.5, "-": 1.5, ".": 0.5}
 
@@ -122,7 +148,7 @@ def test_the_paper_s_tables_explain_their_marks(name):
     for mark, told in (
         (r"\d\*", r"\*"),
         (r"\d(\\phantom{0})*v ", " v: "),
-        ("upstream", "upstream:"),
+        (r"\\textdegree", r"\\textdegree{}:"),
         (r"\\dag", r"\\dag{}:"),
     ):
         if re.search(mark, body):
