@@ -38,6 +38,14 @@ PUBLISHED = pd.DataFrame(
         ("GAP", None, "MiniGPTv2", "RefCOCO", None, "none", "compact", "Acc@0.5", 88.69, _GAP),
         ("GAP", None, "MiniGPTv2", "RefCOCO", None, None, "compact", "Acc@0.5", 2.73, _GAP),
         ("GAP", None, "MiniGPTv2", "RefCOCO", None, None, "original", "Acc@0.5", 68.91, _GAP),
+        # FastV's criterion, the same without RoPE, and with a grid besides: all keep original IDs
+        *(
+            ("FEATHER", None, "Prismatic", "RefCOCO", None, pruner, "original", "Acc@0.5", value, "arXiv:2412.13180")
+            for pruner, value in (("FastV", 7.6), ("FastV without RoPE", 15.4), ("FEATHER", 43.4))
+        ),
+        # points that stretched IDs add to VisionZip at 64 and at 128 tokens
+        ("Nuwa", None, "LLaVA", None, None, "VisionZip, 64 tokens", "stretched", "gain", 5.6, f"Nuwa, {UNCHECKED}"),
+        ("Nuwa", None, "LLaVA", None, None, "VisionZip, 128 tokens", "stretched", "gain", 13.4, f"Nuwa, {UNCHECKED}"),
         *_summaries("lead-3", "F1", _NLP, 40.34, 17.70, 36.57),
         *_summaries("pointer-generator + coverage", "F1", _NLP, 39.53, 17.28, 36.38),
         *_summaries("two-stage", "F1", f"{_UNIFIED}, {UNCHECKED}", 39.97, 17.43, 36.34),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -275,3 +276,50 @@ def over_seeds(values: ArrayLike, level: float = 0.95) -> dict[str, float]:
     if count >= 3:
         half = float(stats.t.ppf((1 + level) / 2, count - 1) * values.std(ddof=1) / np.sqrt(count))
     return dict(mean=mean, low=mean - half, high=mean + half, seeds=count)
+
+
+def variance_shares(
+    scored: pd.DataFrame,
+    factors: Sequence[str],
+    clusters: str = "image_id",
+    level: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """What explains the accuracies of a full factorial's cells: a row for each factor and pair of factors, and "rest".
+
+    scored: rows with "correct", `clusters` and the factors, the same expressions in each combination of their levels.
+    Columns: term (a pair as "a:b"), share of the variance between cells (the classical decomposition of a balanced
+    design, so that shares sum to 1), low and high: percentiles of a bootstrap that resamples clusters, moved so that
+    its mean is the share, since resampling repeats the cells' noise and adds it to the "rest".
+    Raises ValueError where combinations are missing or hold different numbers of rows.
+    """
+    sums = scored.groupby([clusters, *factors], sort=True)["correct"].agg(["sum", "size"])
+    shape = [scored[name].nunique() for name in factors]
+    images = scored[clusters].nunique()
+    if len(sums) != images * int(np.prod(shape)):
+        raise ValueError(f"a full factorial of {' x '.join(map(str, shape))} cells is needed, and some are missing")
+    hits, sizes = (sums[name].to_numpy(float).reshape(images, -1) for name in ("sum", "size"))
+    if (sizes != sizes[:, :1]).any():
+        raise ValueError("the cells must hold the same expressions")
+    terms = [*combinations(range(len(factors)), 1), *combinations(range(len(factors)), 2)]
+
+    def decomposed(weights: NDArray) -> NDArray:
+        """[R, images] -> [R, terms + 1]"""
+        cells = (weights @ hits / (weights @ sizes)).reshape(-1, *shape)
+        cells = cells - cells.reshape(len(cells), -1).mean(axis=1).reshape(-1, *[1] * len(shape))
+        effects, total = {}, (cells**2).reshape(len(cells), -1).mean(axis=1)
+        for term in terms:
+            others = tuple(axis + 1 for axis in range(len(shape)) if axis not in term)
+            effect = cells.mean(axis=others, keepdims=True)
+            effects[term] = effect - sum(effects[single,] for single in term) if len(term) == 2 else effect
+        found = np.stack([(effects[term] ** 2).reshape(len(cells), -1).mean(axis=1) for term in terms], axis=1)
+        found = found / np.where(total == 0, np.nan, total)[:, None]
+        return np.concatenate([found, 1 - found.sum(axis=1, keepdims=True)], axis=1)
+
+    [share] = decomposed(np.ones((1, images)))
+    drawn = np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), size=resamples)
+    again = decomposed(drawn)
+    low, high = np.nanquantile(again - np.nanmean(again, axis=0) + share, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    names = [":".join(factors[axis] for axis in term) for term in terms]
+    return pd.DataFrame(dict(term=[*names, "rest"], share=share, low=low.clip(0), high=high.clip(max=1)))

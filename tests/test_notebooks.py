@@ -6,11 +6,13 @@ import sys
 
 import nbformat
 import numpy as np
+import pandas as pd
 import pytest
 import yaml
 from PIL import Image
 
 from analysis import ROOT, models
+from analysis.engine.evaluate import cells
 from analysis.results import read_rows, write_rows
 from tests.support.notebooks import FIGURE, TABLE, draw, run
 
@@ -62,6 +64,18 @@ def produced(model, tmp_path_factory):
 )
 def test_a_notebook_from_its_parameters_to_its_files(notebook, key, kinds, produced, tmp_path):
     draw(notebook, kinds, {"rows": produced(key)}, tmp_path)
+
+
+def test_figure_12_of_answers_at_random(produced, tmp_path):
+    """Its 505 cells, each with the unpruned answers of other expressions."""
+    whole = read_rows(produced("fig1"))
+    whole = whole[whole["pruner"] == "none"].drop_duplicates(["image_id", "ref_id", "sent_id"])
+    given, rng = yaml.safe_load((ROOT / "papermill_runs/10_rec_eval/fig12.yaml").read_text()), np.random.default_rng(0)
+    grid = [cell for part in given["grid"] for cell in cells(**part)]
+    rows = [whole.assign(raw=rng.permutation(whole["raw"]), **cell.columns()) for cell in grid]
+    write_rows(tmp_path / "mine.parquet", pd.concat(rows, ignore_index=True).astype({"keep": float}), {})
+    assert len(grid) == 505
+    draw("fig12_selection_or_ids", FIGURE, {"rows": str(tmp_path / "mine.parquet")}, tmp_path)
 
 
 @pytest.mark.parametrize("count", [2, 13])

@@ -22,6 +22,7 @@ from analysis.stats import (
     rate_interval,
     retained,
     retention,
+    variance_shares,
 )
 
 
@@ -319,3 +320,28 @@ def test_retained_is_the_ratio_of_sums_and_its_interval_nearly_the_naive_one():
     assert np.isnan(list(retained(0 * full, full, clusters).values())).all()
     with pytest.raises(ValueError, match="retention is of hits"):
         retained(full, pruned / 2, clusters)
+
+
+def test_variance_shares_of_a_factorial():
+    """Against the classical decomposition of cells whose effects are put in, and what is not a factorial is refused."""
+    levels = dict(a=3, b=2, c=2)
+    rows = [
+        dict(image_id=image, correct=0.3 * a + (0.2 * b if a == 1 else 0) + 0.05 * image, a=a, b=b, c=c)
+        for image in range(4)
+        for a in range(levels["a"])
+        for b in range(levels["b"])
+        for c in range(levels["c"])
+    ]
+    table = variance_shares(pd.DataFrame(rows), list(levels)).set_index("term")
+    cells = np.array([[0, 0], [0.3, 0.5], [0.6, 0.6]])
+    rest = cells - cells.mean()
+    a, b = rest.mean(axis=1), rest.mean(axis=0)
+    total = (rest**2).mean()
+    expected = [(a**2).mean(), (b**2).mean(), 0, ((rest - a[:, None] - b) ** 2).mean(), 0, 0, 0]
+    assert list(table.index) == ["a", "b", "c", "a:b", "a:c", "b:c", "rest"]
+    np.testing.assert_allclose(table["share"], np.array(expected) / total, atol=1e-12)
+    np.testing.assert_allclose(table["low"], table["high"], atol=1e-12)  # images differ by a constant only
+    with pytest.raises(ValueError, match="a full factorial of 3 x 2 x 2 cells is needed"):
+        variance_shares(pd.DataFrame(rows[1:]), list(levels))
+    with pytest.raises(ValueError, match="the same expressions"):
+        variance_shares(pd.DataFrame([*rows, rows[0]]), list(levels))
