@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help paper report test test-fast fuzz bench gpu slurm-test testbed-design setup lock clean
+.PHONY: help paper report test test-fast fuzz bench gpu slurm-test lmms-test testbed-design setup lock clean
 
 help:  ## these lines
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/'
@@ -51,6 +51,16 @@ testbed-design: .venv/ready  ## train the models of figures 13 and A2 that are n
 slurm-test: .venv/ready  ## prove profiles/slurm on the cluster's Slurm, or as root on one of this machine alone (Debian)
 	$(BIN)/python -m pip install --quiet --constraint requirements.lock --editable '.[slurm]'
 	tests/slurm/run.sh
+
+# lmms-eval wants some hundred packages, some in other versions, so that it gets an environment of its own
+.venv-lmms/ready: pyproject.toml requirements.lock
+	$(PYTHON) -m venv .venv-lmms
+	.venv-lmms/bin/python -m pip install --quiet --constraint requirements.lock torch
+	.venv-lmms/bin/python -m pip install --quiet --editable '.[lmms]' pytest
+	touch $@
+
+lmms-test: .venv-lmms/ready  ## prove analysis.lmms inside lmms-eval, in .venv-lmms (3 GB, some minutes)
+	.venv-lmms/bin/python -m pytest -q --confcutdir=tests/lmms tests/lmms/check.py
 
 lock: .venv/ready  ## write requirements.lock anew: the exact versions that .venv holds now
 	{ grep '^#' requirements.lock; $(BIN)/python -m pip freeze --exclude-editable | sed 's/+[a-z0-9.]*$$//' | grep -v '^setuptools=='; } > requirements.tmp

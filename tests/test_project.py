@@ -19,7 +19,13 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-MODULES = {"PIL": "pillow", "yaml": "pyyaml", "rouge_score": "rouge-score", "nbformat": "papermill"}
+MODULES = {
+    "PIL": "pillow",
+    "yaml": "pyyaml",
+    "rouge_score": "rouge-score",
+    "nbformat": "papermill",
+    "lmms_eval": "lmms-eval",
+}
 
 
 def extra(*names):
@@ -52,6 +58,7 @@ def test_the_library_depends_on_what_it_imports_and_each_extra_on_what_its_part_
         "summarization": {file for file in files if file.parent.name == "summarization"},
         "figures": {ROOT / f"analysis/{name}.py" for name in ("style", "ask", "compare", "report")},
         "notebooks": {ROOT / f"analysis/{name}.py" for name in ("__main__", "explore")},
+        "lmms": {ROOT / "analysis/lmms.py"},
     }
     assert imported(files.difference(*parts.values())) | {"packaging"} == core
     for name, part in parts.items():
