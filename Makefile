@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help paper report test test-fast fuzz bench gpu slurm-test lmms-test testbed-design setup lock clean
+.PHONY: help paper report test test-fast fuzz bench gpu slurm-test lmms-test browser-test testbed-design setup lock clean
 
 help:  ## these lines
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/'
@@ -26,8 +26,9 @@ paper: .venv/ready  ## regenerate every figure and table (what is up to date is 
 report: .venv/ready  ## gather all figures and tables in one page that opens without a network: report.html
 	$(BIN)/python -m analysis report
 
+# a file of tests stays in one process, and shares there what it makes
 test: .venv/ready  ## run the tests
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n logical --maxprocesses 4 --dist loadfile
 
 # what most changes touch: positions, boxes, scoring, statistics, decoding, pruning
 FAST := $(wildcard $(addprefix tests/test_,$(addsuffix *.py,positions boxes scoring stats decode pruning)))
@@ -65,6 +66,10 @@ lmms-test: .venv-lmms/ready  ## prove analysis.lmms inside lmms-eval, in .venv-l
 lock: .venv/ready  ## write requirements.lock anew: the exact versions that .venv holds now
 	{ grep '^#' requirements.lock; $(BIN)/python -m pip freeze --exclude-editable | sed 's/+[a-z0-9.]*$$//' | grep -v '^setuptools=='; } > requirements.tmp
 	mv requirements.tmp requirements.lock
+
+browser-test: .venv/ready  ## run every notebook in JupyterLab in a real browser; pictures of them in runs/browser/
+	$(BIN)/python -m pip install --quiet --constraint requirements.lock --editable '.[browser]'
+	$(BIN)/python -m pytest -q -s -p no:cacheprovider --noconftest tests/browser/proof.py
 
 clean:  ## forget what has been run, so that the next make paper regenerates everything; no rows or figures are removed
 	rm -rf .snakemake papermill_runs/smoke figures/smoke

@@ -193,6 +193,7 @@ def once(outs: dict[str, Path], given: dict[str, Any], make: Callable[[], dict[s
         found = make()
         for kind, out in outs.items():
             write_rows(out, found[kind], wanted)
+            print(f"{out}: {len(found[kind])} rows written")
     return found
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from html import escape
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -214,13 +215,15 @@ class Page:
         folder = output_folder(self.smoke)
         (folder / f"{self.name}.txt").write_text(text + "\n")
         (folder / f"{self.name}.caption.tex").write_text(latex(text) + "%\n")
+        print(f"{(folder / self.name).relative_to(ROOT)}.*: written")
         return text
 
-    def save(self, figure: Figure, *caption: str) -> list[Path]:
+    def save(self, figure: Figure, *caption: str) -> None:
         """Write figures/<name>.pdf, .png, and the caption as .txt and .caption.tex; the same rows give the same bytes.
 
         caption: its sentences, the first of which is the title. A smoke run's output is stamped and goes to
-        figures/smoke/: it can never take a paper figure's place. What cannot be read or lies over something is printed.
+        figures/smoke/: it can never take a paper figure's place. Printed are where it is, its caption, and what cannot
+        be read or lies over something.
         """
         for fault in faults(figure):
             print(f"{self.name}: {fault}")
@@ -235,7 +238,7 @@ class Page:
             paths[1],
             metadata={"Title": about["Title"], "Description": text, "Source": self._made, "Software": None},
         )
-        return paths
+        print(fill(text, 110))
 
     def save_table(
         self,

@@ -2,6 +2,8 @@
 
 import os
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that tests start, too: tests run beside each other
+
 import pytest
 import torch
 from hypothesis import settings
@@ -12,7 +14,7 @@ from tests.support.checkpoint import clip, config, tokenizer
 
 settings.register_profile("busy", deadline=None)  # a machine that does something else, too, is no failure
 settings.load_profile("busy")
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 @pytest.fixture(scope="session")

@@ -121,8 +121,14 @@ def test_the_processors_files_say_what_the_engine_does(name, tmp_path):
 
 def test_the_door_opens_first():
     """`analysis.hf` and `analysis.models` import each other, whichever comes first."""
-    for module in ("analysis.hf", "analysis.models", "analysis.models.by_generate", "analysis.engine.evaluate"):
-        subprocess.run([sys.executable, "-c", f"import {module}"], check=True, cwd=Path(hf.__file__).parents[1])
+    afresh = """import importlib, sys
+for module in sys.argv[1:]:
+    for known in [name for name in sys.modules if name.partition(".")[0] == "analysis"]:
+        del sys.modules[known]
+    importlib.import_module(module)
+"""
+    modules = ("analysis.hf", "analysis.models", "analysis.models.by_generate", "analysis.engine.evaluate")
+    subprocess.run([sys.executable, "-c", afresh, *modules], check=True, cwd=Path(hf.__file__).parents[1])
 
 
 def test_the_example_runs(folder, whole_class, monkeypatch, capsys):

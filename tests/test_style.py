@@ -63,19 +63,19 @@ def test_two_processes_draw_the_same_bytes(drawn):
     assert set(one) == {"drawn.pdf", "drawn.png", "drawn.txt", "drawn.caption.tex"} and one == two
 
 
-def test_smoke_is_stamped_elsewhere_and_other_rows_are_told_apart(folder):
-    def saved(**parameters):
+def test_smoke_is_stamped_elsewhere_and_other_rows_are_told_apart(folder, capsys):
+    def saved(place="figures", **parameters):
         fig, _ = plt.subplots(figsize=(3, 1))
-        paths = page(**parameters).save(fig, "Title.")
+        page(**parameters).save(fig, "Title.")
         plt.close(fig)
-        return paths, paths[1].read_bytes()
+        assert capsys.readouterr().out.startswith(f"{place}/drawn.*: written\n")
+        return (folder / place / "drawn.png").read_bytes()
 
-    _, plain = saved()
-    smoke, stamped = saved(smoke=True)
-    assert [path.parent for path in smoke] == [folder / "figures/smoke"] * 2
-    assert stamped != plain and (folder / "figures/smoke/drawn.txt").read_text() == "SMOKE TEST. Title.\n"
+    plain = saved()
+    stamped = saved("figures/smoke", smoke=True)
+    assert saved() == plain != stamped and (folder / "figures/smoke/drawn.txt").read_text() == "SMOKE TEST. Title.\n"
     results.write_rows(folder / "rows.parquet", pd.DataFrame({"a": [1.0, 2.0]}), {"commit": "def456"})
-    assert saved()[1] != plain
+    assert saved() != plain
 
 
 def test_files_say_what_they_show_and_what_they_are_made_of(drawn):

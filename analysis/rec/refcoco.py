@@ -25,7 +25,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, UnidentifiedImageError
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from analysis.rec.pictures import read_picture, upright_size
 from analysis.rec.scoring import SIZE, TRUTH, check_boxes
