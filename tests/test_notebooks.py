@@ -14,7 +14,7 @@ from PIL import Image
 from analysis import ROOT, models
 from analysis.engine.evaluate import cells
 from analysis.results import read_rows, write_rows
-from tests.support.notebooks import FIGURE, TABLE, draw, run
+from tests.support.notebooks import FIGURE, TABLE, draw, produce, run
 
 PRODUCER = "notebooks/10_rec_eval.ipynb"
 
@@ -39,12 +39,8 @@ def produced(model, tmp_path_factory):
                 if part.get("pruner") == "all" and isinstance(part["keep"], list):
                     part["keep"] = [0.25, 0.5]  # two of them show as much
             made[name] = folder / f"{name}.parquet"
-            run(
-                ROOT / PRODUCER,
-                folder / f"{name}.ipynb",
-                given | more | {"model": model, "out": str(made[name]), "smoke": True},
-            )
-            assert read_rows(made[name])["image_id"].nunique() == 2
+            rows = produce(ROOT / PRODUCER, given | more | {"model": model, "out": str(made[name]), "smoke": True})
+            assert rows["image_id"].nunique() == 2
         return str(made[name])
 
     return rows
