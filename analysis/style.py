@@ -215,7 +215,7 @@ class Page:
         folder = output_folder(self.smoke)
         (folder / f"{self.name}.txt").write_text(text + "\n")
         (folder / f"{self.name}.caption.tex").write_text(latex(text) + "%\n")
-        print(f"{(folder / self.name).relative_to(ROOT)}.*: written")
+        print(f"{folder / self.name}.*: written")
         return text
 
     def save(self, figure: Figure, *caption: str) -> None:

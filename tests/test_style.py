@@ -65,10 +65,11 @@ def test_two_processes_draw_the_same_bytes(drawn):
 
 def test_smoke_is_stamped_elsewhere_and_other_rows_are_told_apart(folder, capsys):
     def saved(place="figures", **parameters):
+        here = page(**parameters)
         fig, _ = plt.subplots(figsize=(3, 1))
-        page(**parameters).save(fig, "Title.")
+        here.save(fig, "Title.")
         plt.close(fig)
-        assert capsys.readouterr().out.startswith(f"{place}/drawn.*: written\n")
+        assert f"{folder / place}/drawn.*: written\n" in capsys.readouterr().out
         return (folder / place / "drawn.png").read_bytes()
 
     plain = saved()
