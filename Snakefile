@@ -32,6 +32,7 @@ MODELS = [Path(file).parent.name for file in sorted(glob("analysis/checkpoints/*
 LOOKS = {"tiny-llava": {}, **{model: {"limit": 30, "keep": [0.25, 0.5]} for model in ("tiny-llava-wide", "tiny-shikra")}}
 PATTERNS = {  # the files that a pattern in a notebook's parameters stands for: those of the graph, and no others
     f"{RECS}/tab1_*.parquet": [f"{RECS}/tab1_{split}.parquet" for split in SPLITS],
+    f"{RECS}/fig10_*.parquet": [f"{RECS}/fig10_{model}_refstamps+_val.parquet" for model in MODELS],
     f"{RECS}/tab4_*.parquet": [f"{RECS}/tab4_{model}_{split}.parquet" for model in MODELS for split in SPLITS],
     f"{SUMMARIES}/seed*.parquet": [f"{SUMMARIES}/seed{seed}.parquet" for seed in (0, 1, 2)],
 }
@@ -82,7 +83,7 @@ def executed(wildcards, output):
 
 
 def settings(key):
-    """What makes rows: their parameter file, and what goes beside it (tables 1 and 4: a file for each model and split)."""
+    """What makes rows: their parameter file, and what goes beside it (a file for each model or split)."""
     file, *rest = key.split("_")
     given = yaml.safe_load(Path(f"{RECS}/{file}.yaml").read_text())
     return given | (dict(zip(("model", "dataset", "split")[-len(rest):], rest)) if rest else {})

@@ -240,6 +240,32 @@ def gap_pairs(scored: pd.DataFrame, by: Sequence[str] = ("pruner", "keep")) -> p
     return pairs.assign(p_fdr=fdr(pairs["p"]))
 
 
+def line(
+    x: ArrayLike, y: ArrayLike, clusters: ArrayLike, level: float = 0.95, resamples: int = 2000, seed: int = 0
+) -> dict[str, float]:
+    """Least squares line of y [n] over x [n]: slope and r2, the share of y's variance that it explains.
+
+    slope_low, slope_high, r2_low, r2_high: percentile bootstrap that resamples whole clusters [n] (images); n. NaN
+    where x or y does not vary.
+    """
+    x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    sums = np.stack([_cluster_totals(one, clusters)[0] for one in (np.ones_like(x), x, y, x * x, y * y, x * y)], axis=1)
+
+    def fit(totals: NDArray) -> NDArray:
+        n, x, y, xx, yy, xy = np.moveaxis(totals, -1, 0)
+        across, xx, yy = xy - x * y / n, xx - x * x / n, yy - y * y / n
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.where((xx > 1e-12 * n) & (yy > 1e-12 * n), [across / xx, across**2 / (xx * yy)], np.nan)
+
+    slope, r2 = fit(sums.sum(0))
+    often = np.random.default_rng(seed).multinomial(len(sums), np.full(len(sums), 1 / len(sums)), resamples)
+    drawn = fit(often @ sums)
+    ends = np.nanquantile(drawn, [(1 - level) / 2, (1 + level) / 2], axis=1) if slope == slope else np.full((2, 2), slope)
+    (slope_low, r2_low), (slope_high, r2_high) = ends.tolist()
+    names = dict(slope_low=slope_low, slope_high=slope_high, r2_low=r2_low, r2_high=r2_high)
+    return {"slope": float(slope), "r2": float(r2), "n": len(x)} | names
+
+
 def retention(accuracy: ArrayLike, full: ArrayLike) -> ArrayLike:
     """Share of the unpruned accuracy `full` that is left, accuracy / full; NaN where full is 0."""
     return accuracy / np.where(np.equal(full, 0), np.nan, full)

@@ -17,6 +17,7 @@ from analysis.stats import (
     clustered_interval,
     fdr,
     gap_pairs,
+    line,
     paired_cells,
     paired_difference,
     rate_interval,
@@ -345,3 +346,23 @@ def test_variance_shares_of_a_factorial():
         variance_shares(pd.DataFrame(rows[1:]), list(levels))
     with pytest.raises(ValueError, match="the same expressions"):
         variance_shares(pd.DataFrame([*rows, rows[0]]), list(levels))
+
+
+def test_a_line_is_least_squares_and_resamples_whole_images():
+    rng = np.random.default_rng(0)
+    clusters = rng.integers(0, 40, 200)
+    x = rng.random(200) + 0.3 * rng.standard_normal(40)[clusters]
+    y = 0.7 * x + 0.2 * rng.standard_normal(40)[clusters] + 0.3 * rng.standard_normal(200)
+    found = line(x, y, clusters)
+    assert found["slope"] == pytest.approx(np.polyfit(x, y, 1)[0]) and found["n"] == 200
+    assert found["r2"] == pytest.approx(np.corrcoef(x, y)[0, 1] ** 2)
+    members, naive = [np.flatnonzero(clusters == c) for c in np.unique(clusters)], []
+    for _ in range(2000):
+        drawn = np.concatenate([members[i] for i in rng.integers(0, len(members), len(members))])
+        naive.append((np.polyfit(x[drawn], y[drawn], 1)[0], np.corrcoef(x[drawn], y[drawn])[0, 1] ** 2))
+    ends = np.quantile(naive, [0.025, 0.975], axis=0)
+    for name, (low, high) in zip(("slope", "r2"), ends.T):
+        assert found[f"{name}_low"] == pytest.approx(low, abs=0.03) and found[f"{name}_high"] == pytest.approx(
+            high, abs=0.03
+        )
+    assert np.isnan(line(np.ones(4), np.arange(4), [0, 0, 1, 1])["slope"])
