@@ -260,7 +260,9 @@ def line(
     slope, r2 = fit(sums.sum(0))
     often = np.random.default_rng(seed).multinomial(len(sums), np.full(len(sums), 1 / len(sums)), resamples)
     drawn = fit(often @ sums)
-    ends = np.nanquantile(drawn, [(1 - level) / 2, (1 + level) / 2], axis=1) if slope == slope else np.full((2, 2), slope)
+    ends = (
+        np.nanquantile(drawn, [(1 - level) / 2, (1 + level) / 2], axis=1) if slope == slope else np.full((2, 2), slope)
+    )
     (slope_low, r2_low), (slope_high, r2_high) = ends.tolist()
     names = dict(slope_low=slope_low, slope_high=slope_high, r2_low=r2_low, r2_high=r2_high)
     return {"slope": float(slope), "r2": float(r2), "n": len(x)} | names

@@ -376,13 +376,16 @@ def test_questions_are_asked_as_they_are_and_scored_by_the_word(tiny, tmp_path, 
 
 @dataclass(frozen=True)
 class Boxed(Noise):
-    """Every expression has a box of its own, and that of another object."""
+    """Every expression has a box of its own, and that of another object. only: which rows, all by default."""
+
+    only: tuple = ()
 
     @property
     def rows(self):
         rows = super().rows
         x, y = 3.0 * (np.arange(len(rows)) % 5), 2.0 * (np.arange(len(rows)) % 4)
-        return rows.assign(x1=x, x2=x + 9, y1=y, y2=y + 11, ox1=25 - x, ox2=37 - x, oy1=18 - y, oy2=30 - y)
+        rows = rows.assign(x1=x, x2=x + 9, y1=y, y2=y + 11, ox1=25 - x, ox2=37 - x, oy1=18 - y, oy2=30 - y)
+        return rows.iloc[list(self.only or range(len(rows)))]
 
 
 TOLD = [
@@ -403,6 +406,10 @@ def test_what_reads_the_ground_truth_differs_between_expressions(tiny, tmp_path,
         rows[rows["ids"] == "exchanged"].reset_index(drop=True),
         run(tiny, tmp_path / "c", cells(ids="exchanged"), Boxed()),
     )
+    for which in (1, 11):  # each row has its own truth: alone it is answered alike
+        alone = run(tiny, tmp_path / f"{which}", TOLD, Boxed(only=(which,)))
+        same = rows[rows["sent_id"] == alone["sent_id"].iloc[0]]
+        assert len(alone) == len(TOLD) and alone["raw"].tolist() == same["raw"].tolist()
     wanted = set()
     for _, row in Boxed().rows.iterrows():
         down = (40 - row["height"]) // 2

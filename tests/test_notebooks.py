@@ -54,6 +54,7 @@ def produced(model, tmp_path_factory):
         ("fig3_keep_ratio", "fig3", FIGURE),
         ("fig4_order_and_value", "fig4", FIGURE),
         ("fig10_relocation", "fig10", FIGURE),
+        ("fig11_where_ids_matter", "fig11", FIGURE),
         ("tabB_order_ids", "tabB", TABLE),
         ("tab8_ids_after_pruning", "tab8", TABLE),
         ("tabA_frames", "fig1", TABLE),
