@@ -2,7 +2,7 @@
 
     pip install -e '.[lmms]'
     python -m lmms_eval --model gap_llava_hf --batch_size 1 --include_path $(python -m analysis.lmms) \\
-        --model_args pretrained=llava-hf/llava-1.5-7b-hf,pruner=fastervlm,keep=0.25,ids=original \\
+        --model_args pretrained=llava-hf/llava-1.5-7b-hf,device_map=cuda,pruner=fastervlm,keep=0.25,ids=original \\
         --tasks gap_refcoco_val --output_path logs --log_samples
 
 The models run all of lmms-eval's tasks that show images; what a table says of them is lmms-eval's. The tasks here
