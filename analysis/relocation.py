@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from analysis.engine.evaluate import image_seed
 from analysis.positions import assign, parse_spec
 from analysis.pruning import pruner as find_pruner
-from analysis.rec.boxes import BOX_FORMATS, frame, hit, resized_to_tokens, touched
+from analysis.pruning.oracle import inside
+from analysis.rec.boxes import BOX_FORMATS, frame, hit, resized_to_tokens
 from analysis.rec.scoring import PREDICTION, SIZE, TRUTH
 from analysis.types import Signals, VisualTokens
 
@@ -64,10 +65,9 @@ def implied_centres(rows: pd.DataFrame, boxes: NDArray, grid: tuple[int, int]) -
     seeds = [image_seed(int(seed), image_id) for image_id in images]
     chosen = dict(zip(images, find_pruner(name)(blank, keep, seeds=seeds)))
     found = np.full((len(rows), 2), np.nan)
-    for row, (image_id, box) in enumerate(zip(rows["image_id"], boxes)):
-        origin, inside = chosen[image_id].origin, torch.zeros(grid, dtype=torch.bool)
-        inside[touched(box, *grid)] = True
-        if (kept := inside.flatten()[origin]).any():
+    for row, (image_id, target) in enumerate(zip(rows["image_id"], inside(torch.from_numpy(boxes), grid))):
+        origin = chosen[image_id].origin
+        if (kept := target[origin]).any():
             at = assign(origin, blank.unpruned, ids, image_seed(int(seed), image_id)).visual[kept].double().numpy()
             found[row] = [(at % grid[1] + 0.5).mean() / grid[1], (at // grid[1] + 0.5).mean() / grid[0]]
     return found

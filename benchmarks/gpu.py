@@ -84,6 +84,7 @@ from analysis import models
 from analysis.engine.cost import cost_rows, ratio, whole_prompts
 from analysis.engine.decode import prefill
 from analysis.engine.evaluate import cells, evaluate, image_seed
+from analysis.engine.stages import layer_mean
 from analysis.models import clip
 from analysis.models.base import ATTENTION
 from analysis.pruning import pruner
@@ -776,7 +777,7 @@ class Bench:
         model, size = self._model(), self.size
         data, depth = scenes(model, size, size["images"], False), len(model.decoder.layers)
         layer = min(2, depth - 1)
-        average = round((layer + (depth - layer) * 0.25) / depth, 4)  # of the tokens that a layer reads
+        average = round(layer_mean([(0, 1), (layer, 0.25)], depth), 4)  # of the tokens that a layer reads
         grid, before, times = (
             cells(f"fastv:layer={layer}", 0.25, ids="original"),
             cells("random", average, ids="original"),

@@ -32,6 +32,7 @@ from transformers import AutoConfig, LlamaForCausalLM
 from analysis import models
 from analysis.engine.cost import clock, cost_rows, flops, ratio, whole_prompts
 from analysis.engine.evaluate import cells, evaluate, image_seed
+from analysis.engine.stages import layer_mean
 from analysis.models.by_generate import OPTIONS, ByGenerate, assemble
 from analysis.pruning import pruner
 from analysis.pruning.images import prune_images
@@ -157,7 +158,7 @@ def bench(model: models.Model, images: int, turns: int, batch: int) -> pd.DataFr
                 same.append(np.mean([a == b for a, b in zip(answers["door"], answers["engine"], strict=True)]))
             fewer = [flops(lambda who=who: engine(who, small, grid, 32)) for who in (door, model)]
             inside, depth = cells("fastv", 0.25, ids="original"), len(model.decoder.layers)
-            before = cells("random", round((2 + (depth - 2) * 0.25) / depth, 4), ids="original")
+            before = cells("random", round(layer_mean([(0, 1), (2, 0.25)], depth), 4), ids="original")
             times = {"fastv": [], "fastv_loop": []}
             for _ in tqdm(range(turns // 20), desc="(f) FastV"):
                 mine = timed(model, lambda: engine(model, data, inside, batch))

@@ -56,7 +56,7 @@ def test_the_library_depends_on_what_it_imports_and_each_extra_on_what_its_part_
     files, core = set((ROOT / "analysis").rglob("*.py")), names(PROJECT["dependencies"])
     parts = {
         "summarization": {file for file in files if file.parent.name == "summarization"},
-        "figures": {ROOT / f"analysis/{name}.py" for name in ("style", "ask", "compare", "report")},
+        "figures": {ROOT / f"analysis/{name}.py" for name in ("style", "designs", "ask", "compare", "report")},
         "notebooks": {ROOT / f"analysis/{name}.py" for name in ("__main__", "explore")},
         "lmms": {ROOT / "analysis/lmms.py"},
     }

@@ -154,15 +154,26 @@ def room(model: Model) -> int:
     return up_to_eight(len(model.prompt(LONG)[0]) + FILLED)
 
 
+def fillers(tokenizer) -> list[int]:
+    """Tokens of whole words, which can be put in before the image."""
+    return sorted(i for piece, i in tokenizer.get_vocab().items() if piece[0] == "▁" and piece[1:].isalpha())
+
+
+def digit_tokens(tokenizer, device="cpu") -> Tensor:
+    """[V] bool: the tokens that are a digit."""
+    digits = torch.zeros(len(tokenizer), dtype=torch.bool, device=device)
+    digits[tokenizer.convert_tokens_to_ids(list("0123456789"))] = True
+    return digits
+
+
 def prefixes(model: Model, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
     """Variants of the text before the image [PREFIXES, room], padded on the left, and their lengths; half have words
     put in."""
     standard = (Writer(model).prompt("dog"))[0].cpu()
-    words = [i for piece, i in model.tokenizer.get_vocab().items() if piece[0] == "▁" and piece[1:].isalpha()]
-    rows = []
+    words, rows = fillers(model.tokenizer), []
     for _ in range(PREFIXES):
         count = int(rng.integers(1, FILLED + 1)) if rng.random() < 0.5 else 0
-        rows.append(torch.cat([standard[:1], torch.from_numpy(rng.choice(sorted(words), count)), standard[1:]]))
+        rows.append(torch.cat([standard[:1], torch.from_numpy(rng.choice(words, count)), standard[1:]]))
     lengths = torch.tensor([len(row) for row in rows])
     padded = pad_sequence([*rows, torch.zeros(room(model), dtype=torch.int64)], batch_first=True, padding_side="left")
     return padded[:-1], lengths
@@ -418,8 +429,7 @@ def train(name: str, args) -> None:
         decoder.set_attn_implementation("packed")
     else:
         decoder.set_attn_implementation("sdpa")
-    digits = torch.zeros(len(model.tokenizer), dtype=torch.bool, device=args.device)
-    digits[model.tokenizer.convert_tokens_to_ids(list("0123456789"))] = True
+    digits = digit_tokens(model.tokenizer, args.device)
     scenes = held_out(args.held_out)
 
     def evaluate():

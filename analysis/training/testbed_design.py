@@ -51,7 +51,7 @@ from analysis.results import read_rows, write_rows
 from analysis.training import contrast, loop
 from analysis.training.design import GRID as FINE
 from analysis.training.design import clip_config, text_config
-from analysis.training.instruct import Blocks, PackedAttention, blocks, losses
+from analysis.training.instruct import Blocks, PackedAttention, blocks, digit_tokens, fillers, losses
 from analysis.training.probe import ridge_r2
 from analysis.training.stream import HELD_OUT, SEEDS
 from analysis.training.tokenizer import build as build_tokenizer
@@ -205,8 +205,7 @@ def feed(run: Run, seen: Tensor, asked: Blocks, model: Llava, batch: int) -> Ite
     """Endless inputs of `instruct.losses`: one question on each of `batch` scenes."""
     rng, n = np.random.default_rng([29, run.seed]), GRID**2
     start = model.prompt("dog")[0]
-    words = [i for piece, i in model.tokenizer.get_vocab().items() if piece[0] == "▁" and piece[1:].isalpha()]
-    words = torch.tensor(sorted(words))
+    words = torch.tensor(fillers(model.tokenizer))
     while True:
         index = torch.from_numpy(rng.integers(len(seen), size=batch))
         filled = int(rng.integers(1, FILLED + 1)) if rng.random() < 0.5 else 0
@@ -247,8 +246,7 @@ def trained(run: Run, seen: Tensor, asked: Blocks, tokenizer, args, watch=None) 
     attention = PackedAttention()
     AttentionInterface.register("packed", attention)
     model.decoder.set_attn_implementation("packed")
-    digits = torch.zeros(len(tokenizer), dtype=torch.bool)
-    digits[tokenizer.convert_tokens_to_ids(list("0123456789"))] = True
+    digits = digit_tokens(tokenizer)
     optimizers, weights = optimizers_of(model, whole, args)
     lost = []
     bar = tqdm(range(args.steps), desc=" ".join(map(str, run)), mininterval=10)
