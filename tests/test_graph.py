@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import time
+from base64 import urlsafe_b64encode
 
 import pytest
 
@@ -128,6 +129,14 @@ def test_the_first_run_of_a_clone_removes_only_what_it_makes_again(project):
     assert "Makefile" in os.listdir(ROOT) and not re.search(
         r"rm .*(parquet|figures/\*)", (ROOT / "Makefile").read_text()
     )
+
+
+def test_what_a_later_pull_brings_is_made_anew(project):
+    records = project.folder / ".snakemake/metadata"
+    (records / urlsafe_b64encode(b"papermill_runs/10_rec_eval/fig1.parquet").decode()).unlink()
+    (project.folder / "papermill_runs/10_rec_eval/fig1.parquet").write_text("pulled")
+    assert project.made() == ["10_rec_eval", "fig1_collapse"]
+    assert project.made() == []
 
 
 def test_each_consumer_takes_what_the_graph_gives_it(project):
