@@ -291,9 +291,9 @@ def ask(args: argparse.Namespace) -> int:
     truth. Without --out, a picture is never overwritten."""
     from tqdm import tqdm
 
-    from analysis import ask as asking
     from analysis import models
     from analysis.engine.evaluate import cells
+    from analysis.tools import ask as asking
 
     try:
         asked = asking.pairs(args.asked)
@@ -335,10 +335,10 @@ def ask(args: argparse.Namespace) -> int:
 def compare(args: argparse.Namespace) -> int:
     """Compare pruning methods, one's own (file.py:function) among them: rows, paired differences with intervals and
     tests, and a figure, in a folder of its own."""
-    from analysis import compare as comparing
     from analysis import models
     from analysis.engine.evaluate import cells
     from analysis.rec import datasets
+    from analysis.tools import compare as comparing
 
     try:
         keep, ids = _shares(args.keep), _split(args.ids)
@@ -359,7 +359,7 @@ def report(args: argparse.Namespace) -> int:
     """Gather all figures and tables that are there, with captions and how they were made, in one page that opens from
     disk without a network. Exit code 1: some are missing; they are listed, and the page has the others."""
     try:
-        from analysis import report as reporting
+        from analysis.tools import report as reporting
 
         missing = reporting.write(args.out)
     except (OSError, ValueError, ModuleNotFoundError) as error:

@@ -28,8 +28,8 @@ from matplotlib.transforms import ScaledTranslation
 from pandas.io.formats.style import Styler
 
 from analysis import ROOT, pruning, results
+from analysis.drawing.tables import aligned, latex, tabular
 from analysis.stats import over_seeds
-from analysis.tables import aligned, latex, tabular
 
 PAGE, COLUMN = 7.0, 3.3  # inches: the text width of most two-column papers, and one of its columns
 SMALLEST = 7.0  # points: what can be read in print

@@ -84,13 +84,20 @@ def test_nothing_imports_training():
     assert against([name for name in MODULES if name != "analysis"], ["analysis.training"], [COMMAND_LINE]) == []
 
 
+def test_nothing_below_needs_the_tools():
+    assert against([name for name in MODULES if name != "analysis"], ["analysis.tools"], [COMMAND_LINE]) == []
+
+
 def test_the_three_know_only_what_they_need():
     assert against(["analysis.refstamps"], ["analysis.engine", "analysis.models", *APART[1:]]) == []
     assert against(["analysis.summarization"], ["analysis.engine", "analysis.models", *APART[:2]]) == []
     assert against(["analysis.training"], ["analysis.summarization"]) == []
 
 
-@pytest.mark.parametrize("name", ["style", "stats", "published", "results", "params", "rec.scoring", "rec.boxes"])
+LIGHT = "style drawing.captions drawing.tables drawing.designs stats published results params rec.scoring rec.boxes"
+
+
+@pytest.mark.parametrize("name", LIGHT.split())
 def test_drawing_imports_no_model(name):
     heavy = ["torch", "transformers", "analysis.models", "analysis.engine"]
     assert sorted(other for other in at_once(f"analysis.{name}") if within(other, heavy)) == []

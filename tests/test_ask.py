@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 
 from analysis import __main__ as cli
-from analysis import ask
 from analysis.engine.evaluate import cells
 from analysis.rec.scoring import PREDICTION, score
+from analysis.tools import ask
 from analysis.types import Cell
 from tests.support.checkpoint import noise
 from tests.support.rows import Noise, run

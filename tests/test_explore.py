@@ -10,12 +10,13 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from analysis import ask, explore, style
+from analysis import style
 from analysis.engine.decode import causal_mask, greedy, prompt_inputs
 from analysis.engine.evaluate import image_seed
 from analysis.positions import assign, parse_spec, reorder
 from analysis.pruning import pruner
 from analysis.pruning.images import prune_images
+from analysis.tools import ask, explore
 from analysis.types import Cell, RecDataset
 from tests.support.checkpoint import noise
 from tests.support.rows import Noise

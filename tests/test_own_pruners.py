@@ -7,11 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from analysis import __main__ as cli
-from analysis import ask, compare
 from analysis.engine.evaluate import cells
 from analysis.pruning import PRUNERS, all_pruners
 from analysis.pruning.images import prune_images
 from analysis.rec.scoring import score
+from analysis.tools import ask, compare
 from analysis.types import Selection
 from tests.support.checkpoint import noise
 from tests.support.rows import Noise, run

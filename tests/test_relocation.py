@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from analysis import relocation
+from analysis.drawing import relocation
 from analysis.positions import assign
 from analysis.rec.boxes import BOX_FORMATS, frame
 from analysis.rec.scoring import score

@@ -8,8 +8,9 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 
-from analysis import ROOT, keys, params, report, results, style
+from analysis import ROOT, keys, params, results, style
 from analysis.__main__ import main
+from analysis.tools import report
 
 CAPTION = 'Accuracy < 50 % & "more".'
 README = """# What <breaks>?

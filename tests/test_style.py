@@ -12,7 +12,8 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from analysis import captions, results, style
+from analysis import results, style
+from analysis.drawing import captions
 
 DRAW = """
 import sys, pathlib

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from analysis import ROOT, style
-from analysis.tables import aligned, latex
+from analysis.drawing.tables import aligned, latex
 
 PAPER = sorted(path.stem for path in (ROOT / "figures").glob("tab*.csv"))
 

@@ -152,8 +152,8 @@ def alternative_texts(markdown: str, captions: Path | None = None) -> str:
 
 
 def main() -> None:
-    """Put the captions of figures/ as alternative texts into Markdown files: python -m analysis.captions README.md"""
-    parser = argparse.ArgumentParser(prog="python -m analysis.captions", description=main.__doc__)
+    """Put the captions of figures/ as alternative texts into Markdown files, such as README.md."""
+    parser = argparse.ArgumentParser(prog="python -m analysis.drawing.captions", description=main.__doc__)
     parser.add_argument("files", nargs="+", type=Path, help="Markdown files, changed in place")
     for file in parser.parse_args().files:
         file.write_text(alternative_texts(file.read_text()))

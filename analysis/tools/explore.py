@@ -29,7 +29,7 @@ from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from analysis import ask, models, style
+from analysis import models, style
 from analysis.engine.attention import captured
 from analysis.engine.decode import Context, Inputs, PromptInputs, greedy, hidden_states, joined, prefill_shared
 from analysis.engine.decode import prompt_inputs as prompt_parts
@@ -41,6 +41,7 @@ from analysis.pruning import pruner as find_pruner
 from analysis.pruning.images import prune_images
 from analysis.rec.boxes import BOX_FORMATS, frame, iou
 from analysis.rec.pictures import read_picture
+from analysis.tools import ask
 from analysis.types import Cell, RecDataset, Selection, VisualTokens
 
 T = TypeVar("T")
