@@ -7,8 +7,9 @@
 (c) the speed-up of a pruned prefill as a share of what its FLOPs promise
 (d) how the time of an evaluation grows with images and cells, that of a prefill with tokens and batch: log-log slopes
 (e) matrix products per second in the prefill, as a share of what one large product reaches on this machine
-(f) FastV in the engine against pruning before the decoder at as many tokens a layer on average (a random selection of
-    that many), and against `hf.pruned` and `generate` for one expression at a time
+(f) FastV in the engine against pruning before the decoder at as many tokens a layer on average: by text similarity,
+    which reads the expression as FastV does, and at random, whose tokens all expressions of an image share; and against
+    `hf.pruned` and `generate` for one expression at a time
 
 Writes benchmarks/results.csv. Times on a shared machine drift, so what is compared takes turns; medians over the turns,
 with the quartiles beside them.
@@ -158,16 +159,19 @@ def bench(model: models.Model, images: int, turns: int, batch: int) -> pd.DataFr
                 same.append(np.mean([a == b for a, b in zip(answers["door"], answers["engine"], strict=True)]))
             fewer = [flops(lambda who=who: engine(who, small, grid, 32)) for who in (door, model)]
             inside, depth = cells("fastv", 0.25, ids="original"), len(model.decoder.layers)
-            before = cells("random", round(layer_mean([(0, 1), (2, 0.25)], depth), 4), ids="original")
-            times = {"fastv": [], "fastv_loop": []}
+            share = round(layer_mean([(0, 1), (2, 0.25)], depth), 4)
+            others = {"fastv": "text_similarity", "fastv_shared": "random"}
+            before = {name: cells(method, share, ids="original") for name, method in others.items()}
+            times = {name: [] for name in (*others, "fastv_loop")}
             for _ in tqdm(range(turns // 20), desc="(f) FastV"):
                 mine = timed(model, lambda: engine(model, data, inside, batch))
-                times["fastv"].append(mine / timed(model, lambda: engine(model, data, before, batch)))
+                for name, cell in before.items():
+                    times[name].append(mine / timed(model, lambda cell=cell: engine(model, data, cell, batch)))
                 alone = timed(model, lambda: engine(door, small, inside, 1))
                 times["fastv_loop"].append(alone / len(small.rows) / (mine / len(data.rows)))
-        share = before[0].keep
-        unit = f"FastV, a quarter from layer 2 on / {share:.0%} of the tokens before the decoder, time in the engine"
-        add("fastv", unit, **spread(times["fastv"]))
+        for name, method in others.items():
+            unit = f"FastV, a quarter from layer 2 on / {share:.0%} of the tokens before the decoder, {method}: time"
+            add(name, unit, **spread(times[name]))
         add(
             "fastv_loop",
             "times faster than FastV by pruned and generate, an expression at a time",

@@ -65,3 +65,14 @@ def test_a_link_opens_the_file_it_names():
     assert len(links) > 15
     for text, target in links:
         assert (ROOT / target).exists() and ("." not in text or text.rsplit("/", 1)[-1] == target.rsplit("/", 1)[-1])
+
+
+def test_what_is_said_is_what_the_figures_say():
+    """Each value with an interval, in the README's and the findings' own words, stands in a caption."""
+    captions = " ".join(file.read_text() for file in (ROOT / "figures").glob("*.txt"))
+    told = (ROOT / "README.md").read_text() + (ROOT / "docs/findings.md").read_text()
+    said = re.findall(
+        r"[+-]?[\d.]+ %? ?\[[-\d., ]+\]", re.sub(r"!\[.*?\]\(figures", "", told, flags=re.S).replace("\n", " ")
+    )
+    assert len(said) > 15
+    assert [one for one in said if one not in captions] == []
