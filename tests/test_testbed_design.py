@@ -3,15 +3,16 @@
 import pytest
 import torch
 
+from analysis.keys import outdated
 from analysis.positions import assign, sequence_positions
-from analysis.results import read_rows
+from analysis.results import provenance, read_rows
 from analysis.training import testbed_design as design
 from analysis.training.instruct import Blocks, packed
 from analysis.training.tokenizer import build
 from analysis.types import raster_ids
 
 
-def test_runs_go_on_where_they_stopped(tmp_path):
+def test_runs_go_on_where_they_stopped_and_only_from_what_was_made_alike(tmp_path, capsys):
     rows = tmp_path / "rows.parquet"
     given = f"--train 12 --test 4 --steps 2 --batch 3 --rows {rows} --folder {tmp_path}".split()
     design.main([*given, "--only", "1"])
@@ -22,6 +23,11 @@ def test_runs_go_on_where_they_stopped(tmp_path):
     runs = found[list(design.Run._fields)].drop_duplicates()
     assert [tuple(run) for run in runs.itertuples(index=False)] == design.design(1)[:3]
     assert (found.groupby(list(design.Run._fields)).size() == len(design.SETTINGS)).all() and (found["n"] == 4).all()
+    with pytest.raises(SystemExit):
+        design.main([*given, "--steps", "1"])
+    assert "steps (2 there, 1 wanted)" in capsys.readouterr().err and read_rows(rows).equals(found)
+    design.main([*given, "--steps", "1", "--only", "1", "--afresh"])
+    assert len(read_rows(rows)) == len(first) and outdated(provenance(rows)) == []
 
 
 def test_any_block_of_runs_is_balanced():
