@@ -31,7 +31,7 @@ WHOLE = {  # IDs of all tokens -> what the axis calls them, and their colour
 
 def read(file: str | Path) -> pd.DataFrame:
     """The rows, with their accuracy."""
-    return results.read_rows(file).assign(accuracy=lambda rows: rows["hits"] / rows["n"])
+    return results.answered(file).assign(accuracy=lambda rows: rows["hits"] / rows["n"])
 
 
 def present(rows: pd.DataFrame) -> list[str]:

@@ -7,7 +7,12 @@ from analysis import ROOT
 
 
 def run(notebook, out, parameters):
-    papermill.execute_notebook(notebook, out, parameters, kernel_name="python3", cwd=ROOT, progress_bar=False)
+    """Run it in its folder, as JupyterLab does (`make paper` runs all from the project's). Nothing may warn."""
+    where = ROOT / "notebooks"
+    papermill.execute_notebook(notebook, out, parameters, kernel_name="python3", cwd=where, progress_bar=False)
+    for cell in nbformat.read(out, 4).cells:
+        for said in cell.get("outputs", []):
+            assert "Warning" not in said.get("text", ""), said["text"]
 
 
 def produce(notebook, parameters):
