@@ -46,7 +46,7 @@ bench: .venv/ready  ## measure the engine: benchmarks/results.csv
 gpu: .venv/ready  ## measure the engine on a GPU, 7B sizes with random weights, in nine minutes: benchmarks/gpu.csv
 	$(BIN)/python benchmarks/gpu.py
 
-testbed-design: .venv/ready  ## train the models of figures 13 and A2 that are not in their rows yet, a minute of one core each
+testbed-design: .venv/ready  ## train the models of figures 13 and A2 that are not in their rows yet, 90 seconds of one core each
 	OMP_NUM_THREADS=1 $(BIN)/python -m analysis.training.testbed_design
 
 slurm-test: .venv/ready  ## prove profiles/slurm on the cluster's Slurm, or as root on one of this machine alone (Debian)

@@ -3,7 +3,7 @@
     python -m analysis.training.testbed_design            # `make testbed-design`; goes on where it stopped
 
 The frozen tower is the second edition's plain CLIP with learned absolute positions; its 16 x 16 tokens are averaged to
-8 x 8, and the decoder has three layers instead of tiny-llava's five, so that a run takes about a minute of one core.
+8 x 8, and the decoder has three layers instead of tiny-llava's five, so that a run takes 90 seconds of one core.
 Scenes hold one object, so the question is where it is, not which one is meant. IDs are changed at test time only, on
 scenes that no run was trained on. Three factors, fixed beforehand:
 
