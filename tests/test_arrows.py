@@ -80,12 +80,9 @@ def test_the_core_imports_neither_the_testbed_nor_training_nor_the_second_paper(
     assert against([name for name in core if name != "analysis"], APART, allowed=[COMMAND_LINE]) == []
 
 
-def test_nothing_imports_training():
-    assert against([name for name in MODULES if name != "analysis"], ["analysis.training"], [COMMAND_LINE]) == []
-
-
-def test_nothing_below_needs_the_tools():
-    assert against([name for name in MODULES if name != "analysis"], ["analysis.tools"], [COMMAND_LINE]) == []
+@pytest.mark.parametrize("package", ["analysis.training", "analysis.tools"])
+def test_only_the_command_line_imports(package):
+    assert against([name for name in MODULES if name != "analysis"], [package], [COMMAND_LINE]) == []
 
 
 def test_the_three_know_only_what_they_need():
