@@ -193,25 +193,29 @@ def paired_difference(
     return {"difference": float((b - a).mean()), "low": low, "high": high, "p": p}
 
 
-def paired_cells(
-    scored: pd.DataFrame,
-    cell_a: Mapping[str, Any],
-    cell_b: Mapping[str, Any],
-    on: Sequence[str] = ("image_id", "ref_id", "sent_id"),
-    clusters: str = "image_id",
-    **options: Any,
-) -> dict[str, float]:
-    """`paired_difference` of "correct" from cell a to cell b over the same expressions, plus n (expressions).
+EXPRESSION = ("image_id", "ref_id", "sent_id")  # the columns that name one
+
+
+def same_expressions(
+    scored: pd.DataFrame, cell_a: Mapping[str, Any], cell_b: Mapping[str, Any], on: Sequence[str] = EXPRESSION
+) -> tuple[pd.Series, pd.Series]:
+    """ "correct" of two cells over the same expressions, in the same order, indexed by `on`.
 
     cell_a, cell_b: column values that single out one cell each, e.g. {"pruner": "trim", "ids": "compact"}; None
-    matches a missing value. on: the columns that name an expression. options go to `paired_difference`.
-    Raises ValueError where a cell is empty, holds an expression twice, or the two hold different expressions.
+    matches a missing value. Cells of several seeds are joined seed by seed; one of a single seed stands against each
+    seed of the other. Raises ValueError where a cell is empty, holds an expression twice, or the two hold different
+    expressions.
     """
-    sides = []
-    for cell in (cell_a, cell_b):
-        rows = matching(scored, cell).set_index(list(on))
+    cells, sides = (cell_a, cell_b), []
+    found = [matching(scored, cell) for cell in cells]
+    for cell, rows in zip(cells, found):
         if rows.empty:
             raise ValueError(f"no rows in cell {dict(cell)}")
+    seeds = [sorted(rows["seed"].unique()) if "seed" in rows else [0] for rows in found]
+    for cell, rows, own, others in zip(cells, found, seeds, reversed(seeds)):
+        if len(own) == 1 < len(others):
+            rows = pd.concat([rows.assign(seed=seed) for seed in others])
+        rows = rows.set_index([*on, "seed"] if len(own) > 1 or len(others) > 1 else list(on))
         if repeated := rows.index.duplicated().sum():
             raise ValueError(f"cell {dict(cell)} holds {repeated} expressions more than once; name more of its columns")
         sides.append(rows["correct"])
@@ -221,7 +225,24 @@ def paired_cells(
             f"the cells must hold the same expressions: {len(a.index.difference(b.index))} of cell a are missing in "
             f"cell b, {len(b.index.difference(a.index))} of cell b are missing in cell a"
         )
-    return paired_difference(a, b.reindex(a.index), a.index.get_level_values(clusters), **options) | {"n": len(a)}
+    return a, b.reindex(a.index)
+
+
+def paired_cells(
+    scored: pd.DataFrame,
+    cell_a: Mapping[str, Any],
+    cell_b: Mapping[str, Any],
+    on: Sequence[str] = EXPRESSION,
+    clusters: str = "image_id",
+    **options: Any,
+) -> dict[str, float]:
+    """`paired_difference` of "correct" from cell a to cell b over the same expressions, plus n (answers: expressions
+    times seeds).
+
+    See `same_expressions` for the cells and for what is raised; options go to `paired_difference`.
+    """
+    a, b = same_expressions(scored, cell_a, cell_b, on)
+    return paired_difference(a, b, a.index.get_level_values(clusters), **options) | {"n": len(a)}
 
 
 def gap_pairs(scored: pd.DataFrame, by: Sequence[str] = ("pruner", "keep")) -> pd.DataFrame:
@@ -286,6 +307,23 @@ def retained(full: ArrayLike, pruned: ArrayLike, clusters: ArrayLike, level: flo
         return dict.fromkeys(("retention", "low", "high"), np.nan)
     low, high = _quotient_interval(_rate(kept, counts, level), _rate(right, counts, level), counts.mean())
     return {"retention": float(kept.sum() / right.sum()), "low": low, "high": high}
+
+
+def retained_cells(
+    scored: pd.DataFrame, by: Sequence[str] = ("pruner", "keep", "ids"), on: Sequence[str] = EXPRESSION
+) -> pd.DataFrame:
+    """`retained` of every group of the columns `by` that is pruned, in order of first appearance.
+
+    Each against the unpruned answers to the same expressions, of the same model where `by` names it; on: the
+    columns that name an expression. Raises what
+    `same_expressions` raises.
+    """
+    found, by = [], list(by)
+    for cell in scored.loc[scored["pruner"] != "none", by].drop_duplicates().to_dict("records"):
+        whole = {name: value for name, value in cell.items() if name == "model"} | {"pruner": "none"}
+        full, pruned = same_expressions(scored, whole, cell, on)
+        found.append(cell | retained(full, pruned, full.index.get_level_values("image_id")))
+    return pd.DataFrame(found)
 
 
 def fdr(p_values: ArrayLike) -> NDArray:

@@ -22,6 +22,7 @@ from analysis.stats import (
     paired_difference,
     rate_interval,
     retained,
+    retained_cells,
     retention,
     variance_shares,
 )
@@ -237,6 +238,35 @@ def test_paired_cells_refuses_what_is_not_paired():
         paired_cells(pd.concat([full, gap]), none, {"pruner": "prumerge"})
     with pytest.raises(ValueError, match="unknown column 'prunner'; did you mean 'pruner'"):
         paired_cells(pd.concat([full, gap]), {"prunner": "none"}, trim)
+
+
+def test_seeds_are_paired_with_their_own_and_one_seed_with_each():
+    full, gap, expected = cells()
+    seeds = [gap.assign(seed=seed, correct=np.roll(gap["correct"], seed)) for seed in range(3)]
+    mixed = pd.concat([full.assign(seed=0), *seeds])
+    none, trim = {"pruner": "none"}, {"pruner": "trim"}
+    found = paired_cells(mixed, none, trim)
+    alone = [paired_cells(mixed[mixed["seed"].eq(seed) | mixed["pruner"].eq("none")], none, trim) for seed in range(3)]
+    assert alone[0] == expected and found["n"] == 3 * 90
+    assert np.isclose(found["difference"], np.mean([one["difference"] for one in alone]))
+    again = mixed[mixed["pruner"] == "trim"].assign(ids="compact")
+    same = paired_cells(pd.concat([mixed, again]), trim | {"ids": "compact"}, trim | {"ids": "original"})
+    assert same["difference"] == 0 and same["n"] == 3 * 90
+    fewer = pd.concat([*seeds[:2], *(rows.assign(ids="compact") for rows in seeds)])
+    with pytest.raises(ValueError, match="90 of cell a are missing in cell b"):
+        paired_cells(fewer, trim | {"ids": "compact"}, trim | {"ids": "original"})
+
+
+def test_retention_of_every_pruned_cell():
+    full, gap, _ = cells()
+    seeds = pd.concat([full.assign(seed=0), *(gap.assign(seed=seed) for seed in range(3))])
+    for rows in (pd.concat([full, gap]), seeds):
+        table = retained_cells(rows)
+        assert table[["pruner", "keep", "ids"]].to_numpy().tolist() == [["trim", 0.1, "original"]]
+        assert np.isclose(table.loc[0, "retention"], gap["correct"].mean() / full["correct"].mean())
+    two = [pd.concat([full, gap]).assign(model="a"), pd.concat([full, gap]).assign(model="b", correct=True)]
+    found = retained_cells(pd.concat(two), ["model", "pruner", "keep", "ids"])
+    assert found["model"].tolist() == ["a", "b"] and found.loc[1, "retention"] == 1
 
 
 def test_gap_pairs_are_paired_cells_with_a_common_false_discovery_rate():

@@ -19,8 +19,7 @@ from analysis.engine.evaluate import RecDataset, cells, evaluate
 from analysis.models import Model
 from analysis.pruning import pruner as find_pruner
 from analysis.rec.scoring import one_setting, percent, score, summarise
-from analysis.registry import matching
-from analysis.stats import fdr, gap_pairs, paired_cells, retained
+from analysis.stats import fdr, gap_pairs, paired_cells, retained, same_expressions
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -55,12 +54,10 @@ def rows(
 
 def accuracies(scored: pd.DataFrame) -> pd.DataFrame:
     """A row for each cell: `scoring.summarise`, and the retention of the unpruned accuracy with its interval."""
-    on = ["image_id", "ref_id", "sent_id"]
-    full = matching(scored, {"pruner": "none"}).set_index(on)["correct"]
     table = summarise(scored, CELL)
     kept = []
     for where in table[CELL].to_dict("records"):
-        here = matching(scored, where).set_index(on)["correct"].reindex(full.index)
+        full, here = same_expressions(scored, {"pruner": "none"}, where)
         kept.append(retained(full, here, full.index.get_level_values("image_id")))
     more = pd.DataFrame(kept).rename(columns={"low": "retention_low", "high": "retention_high"})
     return table.join(more)
