@@ -13,6 +13,8 @@ from scipy import stats
 
 from analysis.registry import matching
 
+EXPRESSION = ("image_id", "ref_id", "sent_id")  # the columns that name one
+
 
 def _cluster_totals(values: ArrayLike, clusters: ArrayLike) -> tuple[NDArray, NDArray]:
     """Sum and count of the values [n] in each cluster, both float64 [C]."""
@@ -193,9 +195,6 @@ def paired_difference(
     return {"difference": float((b - a).mean()), "low": low, "high": high, "p": p}
 
 
-EXPRESSION = ("image_id", "ref_id", "sent_id")  # the columns that name one
-
-
 def same_expressions(
     scored: pd.DataFrame, cell_a: Mapping[str, Any], cell_b: Mapping[str, Any], on: Sequence[str] = EXPRESSION
 ) -> tuple[pd.Series, pd.Series]:
@@ -211,11 +210,12 @@ def same_expressions(
     for cell, rows in zip(cells, found):
         if rows.empty:
             raise ValueError(f"no rows in cell {dict(cell)}")
-    seeds = [sorted(rows["seed"].unique()) if "seed" in rows else [0] for rows in found]
+    seeds = [rows["seed"].unique() if "seed" in rows else [0] for rows in found]
+    index = [*on, "seed"] if max(map(len, seeds)) > 1 else list(on)
     for cell, rows, own, others in zip(cells, found, seeds, reversed(seeds)):
         if len(own) == 1 < len(others):
             rows = pd.concat([rows.assign(seed=seed) for seed in others])
-        rows = rows.set_index([*on, "seed"] if len(own) > 1 or len(others) > 1 else list(on))
+        rows = rows.set_index(index)
         if repeated := rows.index.duplicated().sum():
             raise ValueError(f"cell {dict(cell)} holds {repeated} expressions more than once; name more of its columns")
         sides.append(rows["correct"])
@@ -314,13 +314,13 @@ def retained_cells(
 ) -> pd.DataFrame:
     """`retained` of every group of the columns `by` that is pruned, in order of first appearance.
 
-    Each against the unpruned answers to the same expressions, of the same model where `by` names it; on: the
-    columns that name an expression. Raises what
-    `same_expressions` raises.
+    Each against the unpruned answers to the same expressions, which agree with it in what else `by` names, such as the
+    model; on: the columns that name an expression. Raises what `same_expressions` raises.
     """
     found, by = [], list(by)
     for cell in scored.loc[scored["pruner"] != "none", by].drop_duplicates().to_dict("records"):
-        whole = {name: value for name, value in cell.items() if name == "model"} | {"pruner": "none"}
+        elsewhere = {name: value for name, value in cell.items() if name not in ("pruner", "keep", "order", "ids")}
+        whole = elsewhere | {"pruner": "none"}
         full, pruned = same_expressions(scored, whole, cell, on)
         found.append(cell | retained(full, pruned, full.index.get_level_values("image_id")))
     return pd.DataFrame(found)

@@ -64,6 +64,13 @@ def test_a_notebook_from_its_parameters_to_its_files(notebook, key, kinds, produ
     draw(notebook, kinds, {"rows": produced(key)}, tmp_path)
 
 
+def test_figure_1_of_a_model_that_is_never_right(produced, tmp_path):
+    """Nothing is retained of nothing, so no cell can be matched with the paper's."""
+    rows = read_rows(produced("fig1"))
+    write_rows(tmp_path / "rows.parquet", rows.assign(raw="no box"), {})
+    draw("fig1_collapse", FIGURE, {"rows": str(tmp_path / "rows.parquet")}, tmp_path)
+
+
 def test_figure_12_of_answers_at_random(produced, tmp_path):
     """Its 505 cells, each with the unpruned answers of other expressions."""
     whole = read_rows(produced("fig1"))
