@@ -13,7 +13,7 @@ from scipy import stats
 
 from analysis.registry import matching
 
-EXPRESSION = ("image_id", "ref_id", "sent_id")  # the columns that name one
+EXPRESSION_ID = ("image_id", "ref_id", "sent_id")  # the columns that name an expression
 
 
 def _cluster_totals(values: ArrayLike, clusters: ArrayLike) -> tuple[NDArray, NDArray]:
@@ -196,7 +196,7 @@ def paired_difference(
 
 
 def same_expressions(
-    scored: pd.DataFrame, cell_a: Mapping[str, Any], cell_b: Mapping[str, Any], on: Sequence[str] = EXPRESSION
+    scored: pd.DataFrame, cell_a: Mapping[str, Any], cell_b: Mapping[str, Any], on: Sequence[str] = EXPRESSION_ID
 ) -> tuple[pd.Series, pd.Series]:
     """ "correct" of two cells over the same expressions, in the same order, indexed by `on`.
 
@@ -232,7 +232,7 @@ def paired_cells(
     scored: pd.DataFrame,
     cell_a: Mapping[str, Any],
     cell_b: Mapping[str, Any],
-    on: Sequence[str] = EXPRESSION,
+    on: Sequence[str] = EXPRESSION_ID,
     clusters: str = "image_id",
     **options: Any,
 ) -> dict[str, float]:
@@ -310,7 +310,7 @@ def retained(full: ArrayLike, pruned: ArrayLike, clusters: ArrayLike, level: flo
 
 
 def retained_cells(
-    scored: pd.DataFrame, by: Sequence[str] = ("pruner", "keep", "ids"), on: Sequence[str] = EXPRESSION
+    scored: pd.DataFrame, by: Sequence[str] = ("pruner", "keep", "ids"), on: Sequence[str] = EXPRESSION_ID
 ) -> pd.DataFrame:
     """`retained` of every group of the columns `by` that is pruned, in order of first appearance.
 
