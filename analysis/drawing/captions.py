@@ -13,6 +13,7 @@ import pandas as pd
 
 from analysis import ROOT
 from analysis.rec.boxes import BOX_FORMATS
+from analysis.stats import EXPRESSION_ID
 
 CHECKPOINTS = ROOT / "analysis" / "checkpoints"
 INTERVALS = (
@@ -54,7 +55,7 @@ def data(rows: pd.DataFrame) -> str:
     sets = listed(
         f"{DATASETS.get(name, name)} {listed(part['split'])}" for name, part in splits.groupby("dataset", sort=False)
     )
-    names = ["dataset", "split", "image_id", "ref_id", "sent_id"]
+    names = ["dataset", "split", *EXPRESSION_ID]
     each = rows[["model", *names]].drop_duplicates().groupby("model", sort=False)
     sizes = {name: (len(part), len(part[["dataset", "split", "image_id"]].drop_duplicates())) for name, part in each}
     told = {name: f"{n:,} expressions, {images:,} images" for name, (n, images) in sizes.items()}

@@ -9,6 +9,7 @@ from analysis.rec.boxes import BOX_FORMATS, hit
 from analysis.rec.boxes import frame as find_frame
 from analysis.rec.scoring import PREDICTION, SIZE, TRUTH
 from analysis.registry import pick
+from analysis.stats import EXPRESSION_ID
 
 
 def chance(rows: pd.DataFrame, frame: str = "padded", convention: str | None = None, most: int = 1000) -> float:
@@ -22,7 +23,7 @@ def chance(rows: pd.DataFrame, frame: str = "padded", convention: str | None = N
     """
     if convention is None:
         convention = pick(BOX_FORMATS, rows["dialect"].iloc[0], "dialect").convention if "dialect" in rows else "ge"
-    one = rows.drop_duplicates(["image_id", "ref_id", "sent_id"])
+    one = rows.drop_duplicates(EXPRESSION_ID)
     one = one.sample(min(most, len(one)), random_state=0)
     sizes, truth = one[SIZE].to_numpy(np.float64), one[TRUTH].to_numpy(np.float64)
     images, layout = pd.factorize(one["image_id"])[0], find_frame(frame)

@@ -15,7 +15,7 @@ import pandas as pd
 from analysis.rec.boxes import BOX_FORMATS, CONVENTIONS, PARSINGS, hit
 from analysis.rec.boxes import frame as find_frame
 from analysis.registry import pick
-from analysis.stats import rate_interval
+from analysis.stats import EXPRESSION_ID, rate_interval
 
 SIZE = ["width", "height"]
 TRUTH = ["x1", "y1", "x2", "y2"]
@@ -121,7 +121,7 @@ def one_setting(scored: pd.DataFrame) -> str:
     if len(which) != 1:
         raise ValueError(f"one model on one split is to be shown, but the rows hold {which.to_dict('records')}")
     model, dataset, split = which.iloc[0]
-    n = len(scored[["image_id", "ref_id", "sent_id"]].drop_duplicates())
+    n = len(scored.drop_duplicates(EXPRESSION_ID))
     return f"{model} on {dataset} {split}: {n} expressions, {scored['image_id'].nunique()} images"
 
 

@@ -20,13 +20,14 @@ from PIL import Image
 from pyarrow import parquet
 
 from analysis import IN_CLONE, ROOT, keys, params, results
+from analysis.stats import EXPRESSION_ID
 from analysis.style import digest
 
 # A line of README's table: title, notebook, other columns, and links to one or several files in figures/.
 LINE = re.compile(r"^\| (?P<title>[^|]+?) \| `(?P<notebook>(?:fig|tab)\w+)` \|(?P<rest>.*)\|$", re.MULTILINE)
 LINK = re.compile(r"\]\(figures/([\w+.-]+)\.(?:png|csv|html)\)")
 MADE = re.compile(r"(?:commit (?P<commit>[^;]*); )?(?:rows sha256 (?P<rows>\w+); )?parameters (?P<parameters>\{.*\})")
-EXPRESSION = ["dataset", "split", "image_id", "ref_id", "sent_id"]
+EXPRESSION = ["dataset", "split", *EXPRESSION_ID]
 
 PAGE = """\
 <!DOCTYPE html>
